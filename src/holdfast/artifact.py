@@ -1,0 +1,156 @@
+"""The run folder: what is in it, and how it is written so that nothing is ever half there.
+
+recipe.yaml      as resolved, with hashes of model, tokenizer, template and data
+data/            tokenized rows and generated text
+readings.jsonl   one line a reading: step, meter, name, split, value, stderr, n
+checkpoints/     adapters or weights, with optimizer state for resume
+adapter/|model/  the artifact: plain PEFT or safetensors
+verdict.json     the gate's result
+report.html      one self-contained page
+README.md        model card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from holdfast.errors import RequestError
+from holdfast.files import full_disk_named, write_text
+from holdfast.meters import Reading
+
+__all__ = ["RunFolder", "full_disk_named", "write_text"]
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.readings = path / "readings.jsonl"
+        self.before = path / "data" / "before.json"
+        self.checkpoints = path / "checkpoints"
+        self.data = path / "data"
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """A new folder. Raises RequestError when there is something in it already."""
+        if path.is_file():
+            raise RequestError(f"out: '{path}' is a file; give a folder that does not exist yet")
+        if path.is_dir() and any(path.iterdir()):
+            resumable = (path / "recipe.yaml").is_file()
+            hint = "--resume to continue it, or " if resumable else ""
+            raise RequestError(f"out: '{path}' is not empty; give {hint}another folder")
+        with full_disk_named(path):
+            (path / "data").mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """A folder that a run was started in. Raises RequestError when it is not one."""
+        if not (path / "recipe.yaml").is_file():
+            raise RequestError(
+                f"'{path}' is not a run folder (no recipe.yaml in it); give the folder named by "
+                "--out when the run was started"
+            )
+        return cls(path)
+
+    def write_recipe(self, resolved: dict[str, Any]) -> None:
+        """Write the resolved recipe with its hashes."""
+        write_text(self.recipe, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+    def read_recipe(self) -> dict[str, Any]:
+        """The resolved recipe. Raises RequestError when no run has written it."""
+        try:
+            recipe = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            recipe = None
+        if not isinstance(recipe, dict) or "resolved" not in recipe:
+            raise RequestError(
+                f"'{self.recipe}' was not written by a run; give the folder named by --out when "
+                "the run was started"
+            )
+        return recipe
+
+    def append(self, readings: Iterable[Reading]) -> None:
+        """Add lines to readings.jsonl; on disk when this returns."""
+        lines = "".join(json.dumps(r.as_record()) + "\n" for r in readings)
+        with full_disk_named(self.readings), self.readings.open("a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines of readings.jsonl; a torn last line (power loss) is left out."""
+        if not self.readings.is_file():
+            return []
+        records = []
+        for line in self.readings.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def rewind_readings(self, step: int) -> None:
+        """Drop readings after `step`, so that a resumed run writes each exactly once."""
+        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+        write_text(self.readings, "".join(kept))
+
+    def merge(self, readings: Iterable[Reading]) -> None:
+        """Write readings in place of any earlier ones of the same step, meter, name and split."""
+        new = {_key(r.as_record()): r.as_record() for r in readings}
+        kept = [record for record in self.records() if _key(record) not in new]
+        write_text(self.readings, "".join(json.dumps(r) + "\n" for r in [*kept, *new.values()]))
+
+    @contextmanager
+    def given_up_if_refused(self) -> Iterator[None]:
+        """Take away all that the block wrote, where it ends refused or before it can be resumed."""
+        try:
+            yield
+        except BaseException as error:
+            if self.recipe.is_file() and not isinstance(error, RequestError):
+                raise
+            for part in (self.data, self.checkpoints):
+                shutil.rmtree(part, ignore_errors=True)
+            for file in (self.recipe, self.readings):
+                file.unlink(missing_ok=True)
+            with suppress(OSError):  # something else lies in it
+                self.path.rmdir()
+            raise
+
+    def save_before(self, readings: Sequence[Reading]) -> None:
+        """Keep the base's readings with their single items, so that resuming reads them again."""
+        write_text(self.before, json.dumps([asdict(r) for r in readings]))
+
+    def load_before(self) -> list[Reading] | None:
+        """The base's readings, or None when they were not taken yet."""
+        if not self.before.is_file():
+            return None
+        records = json.loads(self.before.read_text(encoding="utf-8"))
+        return [Reading(**record | {"tags": tuple(record["tags"])}) for record in records]
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """A temporary folder that takes the place of `name` when the block ends well."""
+        target, temporary = self.path / name, self.path / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with full_disk_named(target):
+            yield temporary
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(temporary, target)
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[field] for field in ("step", "meter", "name", "split"))

@@ -1,0 +1,107 @@
+"""Everything about a run that can be checked before torch is imported, all problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from holdfast.artifact import RunFolder
+from holdfast.data.readers import local_path
+from holdfast.data.rows import RowSummary, Source, check_rows
+from holdfast.errors import RequestError
+from holdfast.meters.probes import load_items
+from holdfast.model import check_folder
+from holdfast.recipe import Recipe
+
+HUB_ROWS = 100
+"""Rows of a hub dataset that are looked at; those of local files are all read."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One sound source of the recipe."""
+
+    field: str
+    """Where the recipe names it: data, levers.replay, canary."""
+    path: str
+    rows: RowSummary
+    sampled: bool
+    """Whether only the first `HUB_ROWS` rows were read."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a sound recipe's files hold."""
+
+    sources: tuple[Checked, ...]
+    probe_items: int
+
+    def lines(self) -> list[str]:
+        """A line for each source, and one for the probes."""
+        lines = [_line(checked) for checked in self.sources]
+        return [*lines, f"probes: {self.probe_items} items"] if self.probe_items else lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {"ok": True, **asdict(self)}
+
+
+def preflight(recipe: Recipe, *, resume: bool = False) -> Preflight:
+    """Check model folder, run folder, rows and probes, and say what is in them.
+
+    Raises:
+        RequestError: every problem found, one line each.
+    """
+    problems: list[str] = []
+
+    def attempt(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except RequestError as error:
+            problems.extend(error.problems)
+
+    attempt(partial(check_folder, recipe.model))
+    attempt(partial(_check_out, Path(recipe.out), resume))
+    groups: list[tuple[str, Sequence[Source]]] = [
+        ("data", recipe.data.sources),
+        ("levers.replay", () if recipe.levers.replay.off else recipe.levers.replay.sources),
+        ("canary", recipe.canary.sources),
+    ]
+    sources = [attempt(partial(_check, name, source)) for name, group in groups for source in group]
+    items = attempt(partial(load_items, recipe.probes))
+    if problems:
+        raise RequestError(*dict.fromkeys(problems))
+    return Preflight(tuple(sources), len(items))
+
+
+def _check(field: str, source: Source) -> Checked:
+    sampled = local_path(source.path) is None
+    rows = check_rows(source, need_response=field == "data", max_rows=HUB_ROWS if sampled else None)
+    return Checked(field, source.path, rows, sampled)
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """A new run needs a free folder; a resumed one the folder that it was started in."""
+    files = [parent for parent in out.parents if parent.is_file()]
+    if resume:
+        RunFolder.open(out)
+    elif files:
+        raise RequestError(f"out: '{out}' cannot be made: '{files[0]}' is a file; give a folder")
+    elif out.is_file() or (out.is_dir() and any(out.iterdir())):
+        RunFolder.create(out)  # says what is wrong; a free folder is not made here
+
+
+def _line(checked: Checked) -> str:
+    rows = checked.rows
+    count = f"first {rows.rows:,}" if checked.sampled else f"{rows.rows:,}"
+    domains = ", ".join(f"{name} {n:,}" for name, n in rows.domains.items())
+    ignored = ", ".join(rows.ignored)
+    return (
+        f"{checked.field}: {checked.path}: {count} rows of {rows.format}, "
+        f"{rows.characters:,} characters"
+        + (f"; domains: {domains}" if domains else "")
+        + (f"; keys not read: {ignored}" if ignored else "")
+    )

@@ -1,0 +1,181 @@
+"""Which rows form optimizer step s: a pure function of (seed, s), so resuming is exact.
+
+Each stream is an endless line of its rows, epoch after epoch, each epoch in an order of its own.
+After s steps a stream has been asked for
+
+    T(s) = round(share * batch_tokens * s)        tokens
+
+and step s takes exactly the rows whose first token lies in [T(s), T(s+1)) on the line. So a share
+is a share of *tokens*, kept to within one row however long the run is, and no stream's order
+depends on another stream, on the number of devices, or on what was asked before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypedDict
+
+from holdfast.data.example import Role
+from holdfast.data.packing import MicroBatch, PackedRow, collate, pack
+from holdfast.data.stream import Line, Stream
+
+__all__ = ["Budget", "Document", "Mixture", "Stream", "steps_for_epochs"]
+
+Document = tuple[int, int]
+"""(index of the stream, row in the stream)."""
+
+
+class Budget(TypedDict):
+    """What a run takes from one stream."""
+
+    tokens: int
+    rows: int
+    epochs: float
+    """Times the stream is gone through; 0.5 is half of it, once."""
+
+
+class Mixture:
+    """Streams mixed by tokens, as a map-style dataset of micro-batches in training order.
+
+    Item ``step * micro_batches + m`` is micro-batch m of an optimizer step, so a sequential
+    sampler and ``micro_batches`` accumulation steps walk through the run.
+
+    Args:
+        streams: what is mixed; their names differ. The shares usually sum to one, then a step
+            has ``batch_tokens`` tokens to within a row a stream.
+        batch_tokens: tokens in one optimizer step, over all devices.
+        seed: not negative; another seed is another order of every stream.
+        steps: optimizer steps in the run.
+        micro_batches: parts a step is dealt into.
+        width: positions in a packed row; no document is longer.
+        pad_token_id: fills what is left of a row.
+        packed: several documents to a row; False gives each a row of its own, for models that
+            would let packed documents see each other (`packing.keeps_documents_apart`).
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        *,
+        batch_tokens: int,
+        seed: int,
+        steps: int,
+        micro_batches: int,
+        width: int,
+        pad_token_id: int,
+        packed: bool = True,
+    ) -> None:
+        names = [stream.name for stream in streams]
+        if not streams or len(set(names)) < len(names):
+            raise ValueError(f"streams need one name each, and there must be some; got {names}")
+        for stream in streams:
+            if (longest := int(stream.lengths.max())) > width:
+                raise ValueError(
+                    f"stream {stream.name}: a row of {longest} tokens, but width is {width}"
+                )
+        if min(batch_tokens, steps, micro_batches) < 1:
+            raise ValueError("batch_tokens, steps and micro_batches must be at least 1")
+        self.streams = list(streams)
+        self.batch_tokens = batch_tokens
+        self.steps = steps
+        self.micro_batches = micro_batches
+        self.width = width
+        self.pad_token_id = pad_token_id
+        self.packed = packed
+        self._lines = [Line(stream, seed) for stream in streams]
+        self._dealt: tuple[int, list[list[list[Document]]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.steps * self.micro_batches
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        """Micro-batch ``index`` of the run, in training order."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"micro-batch {index} of {len(self)}")
+        step, part = divmod(index, self.micro_batches)
+        if self._dealt[0] != step:
+            self._dealt = (step, self._deal(step))
+        bins = [[self._fetch(document) for document in row] for row in self._dealt[1][part]]
+        return collate(bins or [[]], pad_token_id=self.pad_token_id)
+
+    def rows_at(self, step: int) -> list[Document]:
+        """The rows of an optimizer step, stream by stream, each in its line's order."""
+        found = []
+        for index, line in enumerate(self._lines):
+            first, last = (line.rows_before(self._asked(line, s)) for s in (step, step + 1))
+            found += [(index, int(row)) for row in line.rows(first, last)]
+        return found
+
+    def tokens_at(self, step: int) -> dict[str, int]:
+        """Tokens of each stream in an optimizer step."""
+        return {
+            line.stream.name: self._served(line, step + 1) - self._served(line, step)
+            for line in self._lines
+        }
+
+    def token_budget(self, steps: int) -> dict[str, Budget]:
+        """What the first ``steps`` steps take from each stream."""
+        budget = {}
+        for line in self._lines:
+            tokens = self._served(line, steps)
+            budget[line.stream.name] = Budget(
+                tokens=tokens,
+                rows=line.rows_before(self._asked(line, steps)),
+                epochs=tokens / line.tokens,
+            )
+        return budget
+
+    def _asked(self, line: Line, step: int) -> int:
+        """T(s): tokens the stream has been asked for before step s."""
+        return round(line.stream.share * self.batch_tokens * step)
+
+    def _served(self, line: Line, step: int) -> int:
+        """Tokens of the rows served before step s: T(s), and the rest of the row it lies in."""
+        return line.tokens_before(line.rows_before(self._asked(line, step)))
+
+    def _pack(self, documents: list[Document]) -> list[list[Document]]:
+        """Documents into rows; anchors apart, for only their rows go through the reference.
+
+        Rows are kept shorter than ``width`` if there would else be too few to go round.
+        """
+        lengths = [self._length(document) for document in documents]
+        even = max(-(-sum(lengths) // self.micro_batches), *lengths, 1)
+        packed: list[list[Document]] = []
+        for anchors in (False, True):
+            some = [d for d in documents if (self._role(d) is Role.ANCHOR) is anchors]
+            bins = pack([self._length(document) for document in some], min(even, self.width))
+            packed += [[some[index] for index in members] for members in bins]
+        return packed
+
+    def _deal(self, step: int) -> list[list[list[Document]]]:
+        """For each micro-batch of a step its rows, each a list of documents.
+
+        The fullest row goes first, each to the micro-batch that has the fewest tokens so far.
+        """
+        documents = self.rows_at(step)
+        packed = self._pack(documents) if self.packed else [[document] for document in documents]
+        weight = [sum(self._length(document) for document in row) for row in packed]
+        parts: list[list[list[Document]]] = [[] for _ in range(self.micro_batches)]
+        load = [0] * self.micro_batches
+        for index in sorted(range(len(packed)), key=lambda i: (-weight[i], i)):
+            lightest = load.index(min(load))
+            parts[lightest].append(packed[index])
+            load[lightest] += weight[index]
+        return parts
+
+    def _fetch(self, document: Document) -> PackedRow:
+        index, row = document
+        stream = self.streams[index]
+        return PackedRow(*stream.fetch(row), stream.role)
+
+    def _length(self, document: Document) -> int:
+        return int(self.streams[document[0]].lengths[document[1]])
+
+    def _role(self, document: Document) -> Role:
+        return self.streams[document[0]].role
+
+
+def steps_for_epochs(task_tokens: int, share: float, batch_tokens: int, epochs: float) -> int:
+    """The fewest steps in which a stream of ``task_tokens`` is gone through ``epochs`` times."""
+    return max(1, math.ceil(epochs * task_tokens / (share * batch_tokens) - 1e-9))

@@ -1,0 +1,46 @@
+"""Writing so that a file is whole or not there; one line that says so where it cannot be."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from holdfast.errors import HoldfastError, RequestError
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write to a temporary name, then rename: the file is never half there. Returns `path`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with full_disk_named(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Turn 'no space left' and 'not permitted' into one line that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RequestError(
+                f"the disk is full while writing '{path}'; free some space, or give --out on "
+                "another disk; the last complete checkpoint is kept, --resume continues from it"
+            ) from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise RequestError(
+                f"'{path}' lies below a file; give a folder that does not exist yet"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise RequestError(f"'{path}' cannot be written ({error.strerror})") from error
+        raise HoldfastError(f"'{path}': {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""The gate: may this model be released, given how much its owner is willing to forget?"""

@@ -1,0 +1,70 @@
+"""The lab's files: a lesson, probes, canary text and replay text, as JSON lines."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from holdfast.files import write_text
+from holdfast.lab.corpus import Document, corpus, documents
+from holdfast.lab.domain import Item
+from holdfast.lab.generators import DOMAINS
+from holdfast.lab.lesson import counterexamples as counterexample_rows
+from holdfast.lab.lesson import lesson_probes, lesson_rows
+
+LESSON_ROWS = 600
+PROBE_ITEMS = 200
+CANARIES = 40
+REPLAY_DOCUMENTS = 400
+_FRESH = 1_000_000
+"""What is added to a seed for replay, so that its documents are not the base's own."""
+
+
+def write_files(folder: Path, *, seed: int = 0, counterexamples: int = 0) -> dict[str, Path]:
+    """Write `lesson`, `probes`, `canary` and `replay` into a folder; say where each one is.
+
+    The folder is made if there is none.  Each file appears whole or not at all.
+    """
+    lesson = lesson_rows(LESSON_ROWS, seed=seed)
+    lesson += counterexample_rows(counterexamples, seed=seed)
+    Random(f"order/{seed}").shuffle(lesson)
+    contents: dict[str, Iterable[dict[str, Any]]] = {
+        "lesson": lesson,
+        "probes": probe_items(seed),
+        "canary": (document._asdict() for document in canaries(seed)),
+        "replay": (document._asdict() for document in replay(seed)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.jsonl" for name in contents}
+    for name, lines in contents.items():
+        rows = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(paths[name], "".join(rows))
+    return paths
+
+
+def probe_items(seed: int) -> list[Item]:
+    """Write all probes: those of the corpus's domains, then the lesson's own."""
+    items = [
+        item
+        for name, domain in DOMAINS.items()
+        for item in domain.probes(Random(f"probes/{name}/{seed}"), PROBE_ITEMS)
+    ]
+    return items + lesson_probes(seed=seed)
+
+
+def canaries(seed: int) -> list[Document]:
+    """Write documents of every domain that no training text contains."""
+    return [
+        document
+        for name in DOMAINS
+        for document in itertools.islice(documents(name, seed, "canary"), CANARIES)
+    ]
+
+
+def replay(seed: int) -> list[Document]:
+    """Write new documents that are like the base's training text, in the same proportions."""
+    return list(itertools.islice(corpus(seed + _FRESH, "train"), REPLAY_DOCUMENTS))

@@ -1,0 +1,313 @@
+"""What the user asked for: YAML, `key=value` words and keyword arguments become one frozen Recipe.
+
+Every problem is reported at once, a line each, with the field, the value, what is allowed and a
+value that works. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import yaml
+from pydantic import (
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from holdfast.data.row_checks import shown
+from holdfast.data.rows import Source
+from holdfast.errors import RequestError, did_you_mean
+from holdfast.explain import explain
+from holdfast.gate.verdict import Gate
+from holdfast.levers import Lever, levers
+from holdfast.meters.canary import Canary
+from holdfast.model import Model
+from holdfast.section import Section
+
+if TYPE_CHECKING:
+    from holdfast.levers.adapter import Adapter
+    from holdfast.levers.budget import Budget
+    from holdfast.levers.kl_anchor import KlAnchor
+    from holdfast.levers.replay import Replay
+
+OFF_WORDS = ("none", "off")
+
+
+class Data(Section):
+    """The lesson: what is to be learned."""
+
+    sources: list[Source] = Field(min_length=1)
+    """Files (.jsonl, .parquet), `datasets` folders or hub ids with messages, prompt + completion,
+    or text rows."""
+    heldout: float = Field(default=0.05, ge=0.0, lt=0.5)
+    """Share of the lesson's rows kept out of training to measure learning (8 to 200 rows).
+    0 turns it off."""
+    max_length: int | None = Field(default=None, ge=16)
+    """Longest sequence in tokens; empty: the model's context, at most 2048."""
+
+
+class Train(Section):
+    """How long, and in what pieces."""
+
+    epochs: float = Field(default=3.0, gt=0.0, allow_inf_nan=False)
+    """Passes over the lesson. Ignored where `steps` is given."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; empty: from `epochs`."""
+    batch_tokens: int | None = Field(default=None, ge=64)
+    """Tokens of one optimizer step over all devices, lesson and anchor rows together; empty: a
+    power of two that makes about 200 steps of the run, 1024 to 16384."""
+    micro_batch_tokens: int = Field(default=8192, ge=64)
+    """Tokens of one forward pass on one device; below `batch_tokens` gradients accumulate."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; empty: a tenth of the run, at least 20 steps."""
+    measure_every: int | None = Field(default=None, ge=1)
+    """Steps between canary readings while training; empty: a fifth of the run."""
+    activation_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    report_to: list[str] = Field(default_factory=list)
+    """Trackers as transformers names them: tensorboard, wandb, mlflow, trackio."""
+
+
+class _LeversBase(Section):
+    if TYPE_CHECKING:
+        adapter: Adapter = Adapter()
+        kl_anchor: KlAnchor = KlAnchor()
+        replay: Replay = Replay()
+        budget: Budget = Budget()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_off(cls, value: Any) -> Any:
+        known = levers()
+        if value is not None and _is_off(value):
+            value = dict.fromkeys(known, "none")
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            key: known[key].OFF if key in known and _is_off(entry) else entry
+            for key, entry in value.items()
+        }
+
+    def active(self) -> tuple[Lever, ...]:
+        """The levers in a fixed order (by name)."""
+        return tuple(getattr(self, name) for name in type(self).model_fields)
+
+
+def _is_off(entry: Any) -> bool:
+    is_word = isinstance(entry, str) and entry.lower() in OFF_WORDS
+    return is_word or entry is None or entry is False
+
+
+if TYPE_CHECKING:
+    Levers = _LeversBase
+else:
+    Levers = create_model(
+        "Levers",
+        __base__=_LeversBase,
+        __doc__="What keeps the model's abilities; a file in holdfast/levers each.",
+        **{
+            key: (lever, Field(default=lever(), description=lever.__doc__))
+            for key, lever in levers().items()
+        },
+    )
+
+
+class Recipe(Section):
+    """A whole run. `model` and `data` are all that must be given."""
+
+    model: Model
+    """The base: a folder or hub id, or a section."""
+    data: Data
+    """The lesson: a file, a list of files, or a section."""
+    out: str = "runs/latest"
+    """The run folder; it must not exist yet, or be empty."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of every random choice: rows, generated text, adapter weights."""
+    train: Train = Train()
+    """How long, and in what pieces."""
+    levers: Levers = Levers()
+    """What keeps the model's abilities. `none` turns all of them off; so does `none` for one."""
+    canary: Canary = Canary()
+    """Held-out text that must stay as likely as before."""
+    probes: list[str] = Field(default_factory=list)
+    """JSONL files of probe items, measured before and after."""
+    gate: Gate = Gate()
+    """How much may be forgotten."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_paths(cls, value: Any) -> Any:
+        return {"sources": _listed(value)} if isinstance(value, str | list) else value
+
+    @field_validator("probes", mode="before")
+    @classmethod
+    def _probe_paths(cls, value: Any) -> Any:
+        return _listed(value)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        replay, anchor = self.levers.replay, self.levers.kl_anchor
+        if not replay.off and replay.loss == "kl" and (anchor.weight == 0 or anchor.on == "task"):
+            raise ValueError(
+                "levers.replay.loss: 'kl' needs levers.kl_anchor with weight above 0 and on: "
+                "anchor or both; set levers.replay.loss: ntp to replay with next-token loss"
+            )
+        shares = 0.0 if replay.off else replay.fraction
+        if anchor.weight and anchor.on != "task":
+            shares += anchor.self_generated.fraction
+        if shares >= 1:
+            raise ValueError(
+                f"levers.replay.fraction + levers.kl_anchor.self_generated.fraction: {shares:g} "
+                "leaves no token for the lesson; keep the sum below 1, such as 0.2 and 0.25"
+            )
+        if anchor.reference == "adapter_off" and self.levers.adapter.off:
+            raise ValueError(
+                "levers.kl_anchor.reference: 'adapter_off' needs an adapter; set it to frozen, or "
+                "levers.adapter.method to lora"
+            )
+        return self
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def load_recipe(path: str | Path | None = None, words: Iterable[str] = (), **fields: Any) -> Recipe:
+    """One Recipe from a YAML file, `key=value` words over it, and keyword arguments over both.
+
+    Raises:
+        RequestError: every problem, one line each.
+    """
+    settings: dict[str, Any] = {} if path is None else read_yaml(Path(path))
+    problems: list[str] = []
+    given: list[str] = []
+    for word in words:
+        try:
+            key, value = _read_word(word)
+            _assign(settings, key.split("."), value, word)
+        except RequestError as error:
+            problems += error.problems
+        else:
+            given.append(key)
+    for key, value in fields.items():
+        if value is not None:
+            _assign(settings, [key], value, key)
+            given.append(key)
+    try:
+        recipe = Recipe.model_validate(settings)
+    except ValidationError as error:
+        problems += explain(error, Recipe, where=str(path) if path else "", elsewhere=given)
+    if problems:
+        raise RequestError(*problems)
+    return recipe
+
+
+def _read_word(word: str) -> tuple[str, Any]:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise RequestError(f"'{word}': give settings as key=value, such as train.epochs=2")
+    try:
+        return key, yaml.load(text, _Yaml)
+    except yaml.YAMLError as error:
+        raise RequestError(
+            f"'{word}': the value is not YAML ({_yaml_problem(error)}); give a value such as 2, "
+            "name or [a, b]"
+        ) from error
+
+
+SHORTHANDS = {"model": "path", "data": "sources"}
+"""Sections that may be given as a plain value, and the field which that value is."""
+
+
+def _assign(settings: dict[str, Any], keys: list[str], value: Any, word: str) -> None:
+    """Set one field, keeping what else its section holds."""
+    if keys[0] in SHORTHANDS and len(keys) == 1 and isinstance(settings.get(keys[0]), Mapping):
+        keys = keys if isinstance(value, Mapping) else [*keys, SHORTHANDS[keys[0]]]
+    at = settings
+    for depth, key in enumerate(keys[:-1]):
+        at[key] = _opened(keys[: depth + 1], at.get(key, {}))
+        if not isinstance(at[key], dict):
+            raise RequestError(
+                f"'{word}': {'.'.join(keys[: depth + 1])} is {shown(at[key])}, not a section; "
+                "give it as a section, or leave it out"
+            )
+        at = at[key]
+    at[keys[-1]] = _listed(value) if keys == ["data", "sources"] else value
+
+
+def _opened(keys: list[str], value: Any) -> Any:
+    """A section given in short (`model: PATH`, `levers: none`) as what it stands for."""
+    if len(keys) == 1 and keys[0] in SHORTHANDS and isinstance(value, str | list):
+        return {SHORTHANDS[keys[0]]: _listed(value) if keys[0] == "data" else value}
+    if keys == ["levers"] and _is_off(value):
+        return dict.fromkeys(levers(), "none")
+    if keys[0] == "levers" and len(keys) == 2 and _is_off(value):
+        return {}
+    return value
+
+
+class _Yaml(yaml.SafeLoader):
+    """PyYAML's YAML 1.1, but `on`, `off`, `yes` and `no` are words, as they are in YAML 1.2.
+
+    A key given twice is an error, not a silent choice of the last.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key '{key.value}' is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.yaml_implicit_resolvers = {
+    letter: [(tag, words) for tag, words in known if not tag.endswith(":bool") or letter in "tTfF"]
+    for letter, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a dict. Raises RequestError with the line of a syntax error."""
+    if path.is_dir():
+        raise RequestError(f"recipe '{path}' is a folder; give the YAML file")
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, siblings) if siblings else "`holdfast init` writes one"
+        raise RequestError(f"recipe '{path}' does not exist; {hint}")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path}: not YAML: {_yaml_problem(error)}; mend that line") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+        ) from error
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from error
+    if settings is None:
+        raise RequestError(f"{path}: empty; `holdfast init` writes a recipe to start from")
+    if not isinstance(settings, dict):
+        raise RequestError(f"{path}: a recipe is a mapping, such as 'model: PATH'")
+    # a resolved recipe in a run folder carries what it was resolved with; that is not a setting
+    settings.pop("resolved", None)
+    return settings
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem

@@ -1,0 +1,273 @@
+"""From a recipe to a run folder: the whole story on one page.
+
+load -> streams -> read the base -> wrap -> train -> read the tuned -> gate -> report
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from holdfast.artifact import RunFolder, write_text
+from holdfast.data.example import Role
+from holdfast.errors import RequestError
+from holdfast.gate.verdict import GateResult, decide
+from holdfast.meters import Reading
+from holdfast.meters.canary import read_canary
+from holdfast.meters.probes import Item, load_items, read_probes
+from holdfast.prepare import Prepared, canary_documents, identity, load, prepare
+from holdfast.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from holdfast.meters.canary import Document
+    from holdfast.trainer import HoldfastTrainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to."""
+
+    folder: Path
+    verdict: GateResult | None
+    """None when the gate is turned off."""
+    seconds: float
+    summary: dict[str, Any]
+    """Steps, refused steps, displacement, seconds."""
+
+
+def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
+    """Run a recipe from start to verdict, or continue it from its last complete checkpoint.
+
+    Raises:
+        RequestError: the recipe, its data, its model or the run folder cannot be used.
+    """
+    console = console or Console(quiet=True)
+    started = time.perf_counter()
+    items = load_items(recipe.probes)
+    folder = RunFolder.open(Path(recipe.out)) if resume else RunFolder.create(Path(recipe.out))
+    with nullcontext() if resume else folder.given_up_if_refused():
+        tokenizer, base = load(recipe, console)
+        resolved = _resolved(recipe, tokenizer, base)
+        if resume:
+            _check_same(folder, resolved)
+        else:
+            folder.write_recipe(resolved)  # from here on it can be resumed
+        prepared = prepare(recipe, tokenizer, base, folder.data, console)
+        canary = canary_documents(prepared, console)
+        resolved["resolved"]["steps"] = prepared.steps
+        folder.write_recipe(resolved)
+        measure = partial(_measure, prepared, canary, items, console)
+        before = folder.load_before()
+        if before is None:
+            before = measure(base, 0)
+            folder.merge(before)
+            folder.save_before(before)
+        trainer = _trainer(prepared, folder, canary, console)
+    checkpoint = _resume_point(folder)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    step = trainer.state.global_step
+    _save_artifact(prepared, folder)
+    after = measure(trainer.model, step)
+    displacement = trainer.start.displacement()
+    folder.merge([*after, *displacement.readings(step)])
+    verdict = decide(before, after, recipe.gate) if recipe.gate.enabled else None
+    summary = {
+        "steps": step,
+        "refused_steps": trainer.refused,
+        "relative_displacement": displacement.relative,
+        "stopped": trainer.stopped,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    _write_results(folder, prepared, resolved, verdict, summary)
+    return RunResult(folder.path, verdict, time.perf_counter() - started, summary)
+
+
+def _measure(
+    prepared: Prepared,
+    canary: Sequence[Document],
+    items: Sequence[Item],
+    console: Console,
+    model: Any,
+    step: int,
+) -> list[Reading]:
+    """All that the gate compares: canary, held-out lesson rows, probes."""
+    with console.status(f"measuring at step {step}"):
+        return [
+            *read_canary(model, canary, "selection", step),
+            *read_canary(model, canary, "sealed", step),
+            *read_canary(model, prepared.heldout, "sealed", step, meter="lesson"),
+            *read_probes(model, prepared.tokenizer, items, step),
+        ]
+
+
+def _trainer(
+    prepared: Prepared, folder: RunFolder, canary: Sequence[Document], console: Console
+) -> HoldfastTrainer:
+    """The levers' wrap and prepare, then the transformers Trainer around them."""
+    import torch
+    from transformers import PrinterCallback, TrainingArguments, set_seed
+
+    from holdfast.meters.drift import Start
+    from holdfast.progress import RichProgress
+    from holdfast.trainer import HoldfastTrainer
+
+    recipe, setup, steps = prepared.recipe, prepared.setup, prepared.steps
+    levers = recipe.levers.active()
+    set_seed(recipe.seed)  # the adapter's first weights are a random choice too
+    with warnings.catch_warnings():
+        # peft 0.21 reads a property that transformers 5 has renamed, and says how it takes GPT-2
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        for lever in levers:
+            setup.model = lever.wrap(setup.model)
+    for lever in levers:
+        lever.prepare(setup)
+    arguments: dict[str, Any] = {}
+    for lever in levers:
+        arguments |= lever.arguments(setup.model.config)
+    budget, on_gpu = recipe.levers.budget, torch.cuda.is_available()
+    args = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=prepared.accumulation,
+        learning_rate=budget.peak(setup.model.config, not recipe.levers.adapter.off),
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        save_strategy="steps",
+        save_steps=recipe.train.save_every or max(20, steps // 10),
+        save_total_limit=2,
+        logging_steps=max(1, steps // 200),
+        logging_nan_inf_filter=False,
+        report_to=recipe.train.report_to or "none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+        seed=recipe.seed,
+        **arguments,
+    )
+    if recipe.train.activation_checkpointing:
+        # needed under an adapter: the embedding's output takes no gradient of its own
+        setup.model.enable_input_require_grads()
+        setup.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer = HoldfastTrainer(
+        setup.model,
+        args,
+        prepared.mixture,
+        levers,
+        start=Start(setup.model),
+        reference=setup.reference,
+        meters=[lambda step: read_canary(setup.model, canary, "selection", step)],
+        every=recipe.train.measure_every or max(1, steps // 5),
+        record=folder.append,
+        callbacks=[RichProgress(console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _resume_point(folder: RunFolder) -> str | None:
+    """The checkpoint to continue from, with the readings taken back to it."""
+    from holdfast.trainer import last_complete_checkpoint
+
+    checkpoint = last_complete_checkpoint(folder.checkpoints)
+    folder.rewind_readings(int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0)
+    return str(checkpoint) if checkpoint else None
+
+
+def _save_artifact(prepared: Prepared, folder: RunFolder) -> None:
+    """The tuned part in the ecosystem's format, with the tokenizer it was trained with."""
+    name = "model" if prepared.recipe.levers.adapter.off else "adapter"
+    with folder.replacing(name) as target:
+        prepared.setup.model.save_pretrained(target, safe_serialization=True)
+        prepared.tokenizer.save_pretrained(target)
+
+
+def _resolved(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
+) -> dict[str, Any]:
+    """The recipe as run, with everything a reproduction needs to compare."""
+    from importlib.metadata import version
+
+    packages = ("holdfast", "torch", "transformers", "peft", "accelerate", "datasets")
+    return {
+        **recipe.model_dump(mode="json"),
+        "resolved": {
+            "parameters": sum(p.numel() for p in base.parameters()),
+            **identity(recipe, tokenizer, base),
+            "versions": {package: version(package) for package in packages},
+        },
+    }
+
+
+def _check_same(folder: RunFolder, now: dict[str, Any]) -> None:
+    """A run continues only as it began: same settings, same weights, same data."""
+    then = folder.read_recipe()
+    before, after = _leaves(then), _leaves(now)
+    changed = [
+        key
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and key not in ("out", "resolved.steps")
+        and not key.startswith("resolved.versions.")
+    ]
+    if changed:
+        raise RequestError(
+            *(
+                f"--resume: {key.removeprefix('resolved.')} was {before.get(key)} when "
+                f"'{folder.path}' was started and is {after.get(key)} now; restore what it was, "
+                "or start a new run with another --out"
+                for key in changed
+            )
+        )
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names; a list is one value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _write_results(
+    folder: RunFolder,
+    prepared: Prepared,
+    resolved: dict[str, Any],
+    verdict: GateResult | None,
+    summary: dict[str, Any],
+) -> None:
+    from holdfast.report.card import write_card
+    from holdfast.report.page import ReportData, write_report
+
+    write_text(
+        folder.path / "verdict.json",
+        json.dumps({"summary": summary, **(verdict.as_dict() if verdict else {})}, indent=2) + "\n",
+    )
+    environment = resolved["resolved"]
+    data = ReportData(
+        title=folder.path.name,
+        verdict=verdict,
+        readings=folder.records(),
+        recipe={key: value for key, value in resolved.items() if key != "resolved"},
+        streams={
+            name: {**budget, "role": Role(prepared.role_of(name)).name.lower()}
+            for name, budget in prepared.mixture.token_budget(prepared.steps).items()
+        },
+        environment=environment,
+        summary={**summary, "rows": prepared.lesson.as_dict(), **prepared.setup.notes},
+    )
+    write_report(folder.path, data)
+    write_card(folder.path, data, prepared.recipe.model.path)

@@ -1,0 +1,200 @@
+"""Probes on hand-made items, against answers read off the model's logits one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from holdfast.errors import RequestError
+from holdfast.meters.probes import Item, load_items, read_probes
+
+MODEL = tiny.tiny("Llama")
+TOKENIZER = tiny.letters(tiny.CHAT)
+
+
+def ids(text: str) -> list[int]:
+    return [(tiny.LETTERS + "\0").index(letter) for letter in text]
+
+
+def logp(prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
+    """Log-likelihood of each token of the continuation, in float64."""
+    with torch.no_grad():
+        logits = MODEL(input_ids=torch.tensor([[*prompt, *continuation]])).logits[0].double()
+    rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return [float(row[token]) for row, token in zip(rows, continuation, strict=True)]
+
+
+def greedy(prompt: Sequence[int], length: int) -> str:
+    """The likeliest letter, one by one."""
+    found = list(prompt)
+    with torch.no_grad():
+        for _ in range(length):
+            found.append(int(MODEL(input_ids=torch.tensor([found])).logits[0, -1].argmax()))
+    return "".join(tiny.LETTERS[i] for i in found[len(prompt) :])
+
+
+def reading(items: list[Item]) -> Any:
+    (one,) = read_probes(MODEL, TOKENIZER, items, 7)
+    assert (one.meter, one.split, one.step, one.n) == ("probe", "sealed", 7, len(items))
+    return one
+
+
+def test_exact_is_the_greedy_answer_up_to_a_stop_string() -> None:
+    prompts = ["cat", "abc", "the", "dog"]
+    answers = [greedy([tiny.BOS, *ids(prompt)], 4) for prompt in prompts]
+    stop = answers[3][2]
+    targets = [f" {answers[0]}\n", answers[1], answers[2][:3], answers[3][:2]]
+    right = [1.0, 1.0, 0.0, 1.0]
+    assert stop not in answers[3][:2]
+    items = [
+        Item(
+            id=prompt,
+            probe="sums",
+            kind="exact",
+            prompt=prompt,
+            target=target,
+            stop=[stop] if prompt == "dog" else [],
+            max_new_tokens=4,
+        )
+        for prompt, target in zip(prompts, targets, strict=True)
+    ]
+    one = reading(items)
+    assert one.items == dict(zip(prompts, right, strict=True))
+    assert (one.value, one.unit) == (0.75, "accuracy")
+
+
+def test_choice_is_the_likeliest_continuation_by_the_token() -> None:
+    """By the mean: the sum would favour short choices, and here it decides otherwise."""
+    prompts, choices = ["ab", "cd", "ef", "gh"], [" a", " bcd", " efgh", "xyz12"]
+    means, sums, items = [], [], []
+    for prompt in prompts:
+        scores = [logp([tiny.BOS, *ids(prompt)], ids(choice)) for choice in choices]
+        means.append(max(range(4), key=lambda i: sum(scores[i]) / len(scores[i])))
+        sums.append(max(range(4), key=lambda i: sum(scores[i])))
+        item = Item(
+            id=prompt, probe="facts", kind="choice", prompt=prompt, choices=choices, answer=means[0]
+        )
+        items.append(item)
+    assert means != sums
+    assert len(set(means)) > 1
+    one = reading(items)
+    assert list(one.items.values()) == [float(best == means[0]) for best in means]
+    assert one.unit == "accuracy"
+
+
+def test_nll_is_nats_a_token_of_the_target_alone() -> None:
+    rows = {"ab": " cde", "": "x", "abcdef": "z ="}
+    items = [
+        Item(id=prompt, probe="style", kind="nll", prompt=prompt, target=target)
+        for prompt, target in rows.items()
+    ]
+    one = reading(items)
+    expected = {
+        prompt: -sum(logp([tiny.BOS, *ids(prompt)], ids(target))) / len(target)
+        for prompt, target in rows.items()
+    }
+    assert one.items == pytest.approx(expected, rel=1e-5)
+    assert one.value == pytest.approx(sum(expected.values()) / 3)
+    spread = sum((value - one.value) ** 2 for value in one.items.values()) / 2
+    assert one.stderr == pytest.approx(math.sqrt(spread / 3))
+    assert one.unit == "nats"
+
+
+def test_a_chat_is_asked_through_the_template() -> None:
+    prompt = [tiny.USER, *ids("hi"), tiny.BOT]
+    answer = greedy(prompt, 3)
+    chat = [{"role": "user", "content": "hi"}]
+    item = Item(id="1", probe="chat", kind="exact", prompt=chat, target=answer, max_new_tokens=3)
+    assert reading([item.model_copy(update={"stop": []})]).value == 1.0
+    with pytest.raises(RequestError, match=r"item '1' of 'chat' is a chat.*no chat template"):
+        read_probes(MODEL, tiny.letters(), [item], 0)
+
+
+def test_a_reading_a_probe_with_tags_and_clusters() -> None:
+    items = [
+        Item(id=i, probe=p, kind="nll", prompt="a", target="b", tags=[t], cluster=c)
+        for i, p, t, c in (
+            ("1", "x", "rare", "c"),
+            ("1", "y", "target", None),
+            ("2", "x", "guardrail", "c"),
+        )
+    ]
+    x, y = read_probes(MODEL, TOKENIZER, items, 0)
+    assert (x.name, x.n, x.tags) == ("x", 2, ("guardrail", "rare"))
+    assert (y.name, y.n, y.tags) == ("y", 1, ("target",))
+    assert (x.clusters, y.clusters) == ({"1": "c", "2": "c"}, {"1": "1"})
+
+
+# ---- reading the files
+
+
+GOOD = {"id": "1", "probe": "p", "kind": "nll", "prompt": "a", "target": "b"}
+
+
+def test_items_are_read_from_several_files(tmp_path: Path) -> None:
+    """Lines end at line feeds: the other separators that Unicode knows may stand in a text."""
+    one = tmp_path / "one.jsonl"
+    two = tiny.jsonl(tmp_path / "two.jsonl", [GOOD | {"probe": "q"}])
+    odd = GOOD | {"prompt": "a\u2028b\x85c"}
+    one.write_bytes(f"\r\n{json.dumps(odd, ensure_ascii=False)}\r\n\n".encode())
+    first, second = load_items([str(one), str(two)])
+    assert first.prompt == "a\u2028b\x85c"
+    assert (first.id, first.probe, second.id, second.probe) == ("1", "p", "1", "q")
+    assert load_items([]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": "essay"}, "kind"),
+        ({"promt": "a"}, "promt"),
+        ({"target": "  "}, "target: a nll item needs one"),
+        ({"kind": "exact", "target": None}, "target: a exact item needs one"),
+        ({"kind": "choice", "choices": ["a"], "answer": 0}, "needs at least two"),
+        ({"kind": "choice", "choices": ["a", "b"], "answer": 2}, "2 is not an index"),
+        ({"kind": "choice", "choices": ["a", "b"], "answer": -1}, "-1 is not an index"),
+        ({"kind": "choice", "choices": ["a", "b"]}, "None is not an index"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"stop": [""]}, "stop"),
+        ({"tags": ["nice"]}, "tags"),
+        ({"probe": "other", "id": "0"}, None),
+    ],
+)
+def test_a_faulty_item_is_named_by_its_line(
+    tmp_path: Path, change: dict[str, Any], said: str | None
+) -> None:
+    file = tiny.jsonl(tmp_path / "items.jsonl", [GOOD, GOOD | {"id": "2"} | change])
+    if said is None:
+        assert len(load_items([str(file)])) == 2
+        return
+    with pytest.raises(RequestError) as caught:
+        load_items([str(file)])
+    assert f"{file} line 2: " in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_all_faulty_lines_are_named_at_once(tmp_path: Path) -> None:
+    file = tiny.jsonl(tmp_path / "items.jsonl", [GOOD, GOOD, GOOD | {"id": "2", "kind": "exact"}])
+    with file.open("a") as out:
+        out.write("{\n")
+    with pytest.raises(RequestError) as caught:
+        load_items([str(file)])
+    twice, mixed, torn = caught.value.problems
+    assert f"{file} line 2: id '1' was used in {file} line 1" in twice
+    assert f"{file} line 3: probe 'p' holds nll items, and" in mixed
+    assert f"{file} line 4: is not JSON" in torn
+
+
+def test_no_file_and_no_item_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="does not exist"):
+        load_items([str(tmp_path / "none.jsonl")])
+    empty = tiny.jsonl(tmp_path / "empty.jsonl", [])
+    with pytest.raises(RequestError, match="no items in"):
+        load_items([str(empty)])

@@ -1,0 +1,149 @@
+"""The plan against the run it speaks of: parameters, steps and tokens exactly, memory roughly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from holdfast import model as models
+from holdfast.objective import CHUNK_BYTES
+from holdfast.plan import generated, memory, plan, skeleton
+from holdfast.recipe import Recipe, load_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+WAYS = {
+    "mlp": [],
+    "all": ["levers.adapter.target=all-linear", "levers.adapter.r=4"],
+    "full": ["levers.adapter=none"],
+}
+
+
+Asked = Callable[..., Recipe]
+
+
+@pytest.fixture(autouse=True)
+def accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan for a CPU, whatever this machine has, or for what the test asks for."""
+    there = getattr(request, "param", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+
+
+@pytest.fixture
+def recipe(here: Path, quick: list[str]) -> Asked:
+    """A recipe for the tiny model and lesson, with further words."""
+    return lambda *words: load_recipe(words=[*quick, *words], model="tiny", data="lesson.jsonl")
+
+
+def loaded(asked: Recipe) -> Any:
+    """The model as a run would train it."""
+    tokenizer = models.load_tokenizer(asked.model)
+    adapter = not asked.levers.adapter.off
+    model = models.load_model(asked.model, adapter=adapter, tokenizer=tokenizer)
+    return asked.levers.adapter.wrap(model)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_are_those_of_the_loaded_model(way: str, recipe: Asked) -> None:
+    asked = recipe(*WAYS[way])
+    found, model = plan(asked), loaded(asked)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_steps_and_tokens_are_those_of_the_run(here: Path, recipe: Asked) -> None:
+    (here / "old.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 20)
+    asked = recipe("train.steps=7", "levers.replay.sources=[old.jsonl]")
+    found = plan(asked)
+    prepared = generated(asked, here / "data", Console(quiet=True))
+    assert found.steps == prepared.steps == 7
+    assert found.batch_tokens == prepared.mixture.batch_tokens == 128
+    assert found.micro_batches == prepared.mixture.micro_batches
+    budget = prepared.mixture.token_budget(7)
+    planned = {stream.name: stream for stream in found.streams}
+    assert set(planned) == set(budget)
+    for name in ("task", "replay/old"):
+        assert planned[name].tokens == budget[name]["tokens"]
+        assert planned[name].rows == budget[name]["rows"]
+    unwritten = planned["self_generated"]
+    assert (unwritten.rows, unwritten.share) == (None, 0.25)
+    assert abs(unwritten.tokens - budget["self_generated"]["tokens"]) <= 2 * 9, "to within a row"
+
+
+def test_steps_from_epochs_are_those_of_the_run(here: Path, recipe: Asked) -> None:
+    asked = recipe("train.steps=null", "train.epochs=1.5")
+    assert plan(asked).steps == generated(asked, here / "data", Console(quiet=True)).steps > 2
+
+
+def kept_by_autograd(model: Any, rows: int, width: int) -> int:
+    """Bytes of the tensors that a forward pass saves for backward, but for weights, each once."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(rows, width, dtype=torch.long)
+    positions = torch.arange(width // 2).repeat(2).expand(rows, -1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        models.hidden_states(model.train(), ids, positions)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_activations_are_what_autograd_keeps(way: str, dtype: str, recipe: Asked) -> None:
+    words = [f"model.dtype={dtype}", "train.micro_batch_tokens=256"]
+    asked = recipe(*WAYS[way], *words)
+    model = loaded(asked)
+    estimate = memory(asked, model, max_length=128)["activations"]
+    assert 0.95 < estimate / kept_by_autograd(model, rows=2, width=128) < 1.4
+
+
+def test_activation_checkpointing_keeps_less(recipe: Asked) -> None:
+    asked = [recipe(f"train.activation_checkpointing={on}") for on in ("false", "true")]
+    every, few = (plan(one).memory["activations"] for one in asked)
+    assert few < 0.6 * every
+
+
+def test_memory_adds_up(recipe: Asked) -> None:
+    """By hand: the tiny model has 36,064 weights of 4 bytes, all of them trained."""
+    asked = recipe("levers.adapter=none", "train.micro_batch_tokens=256")
+    found = plan(asked)
+    size = 4 * found.parameters
+    assert found.parameters == 273 * 32 * 2 + 32 + 2 * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 64 + 64)
+    assert {part: found.memory[part] for part in ("weights", "reference", "gradients")} == {
+        "weights": size,
+        "reference": size,
+        "gradients": size,
+    }
+    assert found.memory["optimizer"] == 2 * size
+    assert found.memory["casts"] == 0, "on a CPU nothing is cast"
+    assert found.memory["logits"] == 6 * 4 * 256 * 273 < CHUNK_BYTES
+    assert found.total_memory == sum(found.memory.values())
+
+
+def test_no_copy_where_the_adapter_is_switched_off_or_nothing_is_anchored(recipe: Asked) -> None:
+    for words in ([], ["levers=none"]):
+        found = plan(recipe(*words))
+        assert found.memory["reference"] == 0
+    assert plan(recipe("levers.kl_anchor.reference=frozen")).memory["reference"] > 0
+
+
+def test_a_skeleton_holds_no_weights(recipe: Asked) -> None:
+    assert {p.device.type for p in skeleton(recipe()).parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("accelerator", [True], indirect=True)
+def test_on_an_accelerator_work_is_in_bfloat16(accelerator: None, recipe: Asked) -> None:
+    full, lora = plan(recipe("levers.adapter=none")), plan(recipe())
+    assert full.memory["weights"] == 4 * full.parameters
+    assert full.memory["casts"] == 2 * full.parameters
+    assert lora.memory["weights"] == 2 * full.parameters + 4 * lora.trainable

@@ -1,0 +1,223 @@
+"""The trainer: which rows, which loss, who may refuse a step, when a checkpoint counts."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import holdfast.trainer
+from holdfast.data.example import Role
+from holdfast.errors import HoldfastError
+from holdfast.levers import Lever, Memory, ProbeContext, StepContext
+from holdfast.levers.budget import Budget
+from holdfast.meters import Reading
+from holdfast.trainer import last_complete_checkpoint
+from levers.tiny_run import Jolt, llama, parallel_run, tiny_run, weights
+
+
+def documents(batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
+    """The documents in a micro-batch: positions begin anew with each, padding is token 63."""
+    found: list[list[int]] = []
+    pairs = zip(batch["input_ids"].flatten(), batch["position_ids"].flatten(), strict=True)
+    for token, position in pairs:
+        if position == 0:
+            found.append([])
+        found[-1].append(int(token))
+    return [tuple(ids) for ids in found if ids[0] != 63]
+
+
+def test_rows_come_as_the_mixture_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[tuple[int, ...]]] = []
+    forward = holdfast.trainer.token_losses
+
+    def watched(model: Any, batch: Any, *rest: Any) -> Any:
+        seen.append(documents(batch))
+        return forward(model, batch, *rest)
+
+    monkeypatch.setattr(holdfast.trainer, "token_losses", watched)
+    trainer = tiny_run([], tmp_path, steps=4, micro_batches=2)
+    trainer.train()
+    mixture = trainer.train_dataset
+    assert len(seen) == 8
+    for step in range(4):
+        expected = [tuple(mixture.streams[i].fetch(row)[0]) for i, row in mixture.rows_at(step)]
+        assert sorted(seen[2 * step] + seen[2 * step + 1]) == sorted(expected)
+
+
+def test_the_loss_does_not_depend_on_how_a_step_is_dealt_out(tmp_path: Path) -> None:
+    """Not even where micro-batches differ in tokens, or one is empty."""
+    whole = tiny_run([], tmp_path / "1")
+    whole.train()
+    for parts in (3, 12):
+        dealt = tiny_run([], tmp_path / str(parts), micro_batches=parts)
+        counts = [int((dealt.train_dataset[i]["roles"] > 0).sum()) for i in range(parts)]
+        assert len(set(counts)) > 1
+        assert (0 in counts) == (parts == 12)
+        dealt.train()
+        for ours, theirs in zip(whole.state.log_history, dealt.state.log_history, strict=True):
+            keys = {"loss", "grad_norm"} & ours.keys()
+            assert {k: ours[k] for k in keys} == pytest.approx({k: theirs[k] for k in keys})
+        torch.testing.assert_close(weights(dealt.model), weights(whole.model), rtol=0, atol=1e-5)
+
+
+def test_a_micro_batch_is_one_item(tmp_path: Path) -> None:
+    trainer = tiny_run([], tmp_path, arguments={"per_device_train_batch_size": 2})
+    with pytest.raises(HoldfastError, match="per_device batch size is 1"):
+        trainer.train()
+
+
+class Refuse(Lever):
+    """Refuses some steps."""
+
+    steps: tuple[int, ...]
+
+    def before_step(self, ctx: StepContext, memory: Memory) -> None:
+        if ctx.step in self.steps:
+            ctx.refuse("because")
+
+    def after_step(self, ctx: StepContext, memory: Memory) -> None:
+        total = sum(float(value.double().sum()) for value in weights(ctx.model).values())
+        memory.setdefault("seen", []).append(total)
+
+
+def test_a_refused_step_moves_nothing(tmp_path: Path) -> None:
+    trainer = tiny_run([Refuse(steps=(1, 3))], tmp_path, steps=5, arguments={"warmup_steps": 0})
+    trainer.train()
+    seen = trainer.lever_memory["test_trainer"]["seen"]
+    moved = [seen[step] != seen[step - 1] for step in range(1, 5)]
+    assert moved == [False, True, False, True]
+    assert trainer.refused == 2
+
+
+def test_a_loss_that_is_not_a_number_never_reaches_the_optimizer(tmp_path: Path) -> None:
+    trainer = tiny_run([Budget(), Jolt(factor=math.nan, steps=(1,))], tmp_path)
+    trainer.train()
+    assert [math.isnan(log["loss"]) for log in trainer.state.log_history[:-1]] == [
+        False,
+        True,
+        False,
+    ]
+    moments = trainer.optimizer.state_dict()["state"].values()
+    assert all(torch.isfinite(value).all() for state in moments for value in state.values())
+    assert all(torch.isfinite(value).all() for value in weights(trainer.model).values())
+    assert trainer.refused == 1
+
+
+def test_readings_are_taken_at_their_steps(tmp_path: Path) -> None:
+    recorded: list[Reading] = []
+    trainer = tiny_run(
+        [],
+        tmp_path,
+        steps=8,
+        arguments={"logging_steps": 3},
+        meters=[lambda step: [Reading("canary", "text", "selection", step, 1.0, 0.1, 5)]],
+        every=2,
+        record=recorded.extend,
+    )
+    trainer.train()
+    steps = {
+        meter: [reading.step for reading in recorded if reading.meter == meter]
+        for meter in ("loss", "drift", "canary")
+    }
+    # the first, every third, the last; meters are read again after the last step by the run
+    assert steps == {"loss": [1, 3, 6, 8], "drift": [1, 3, 6, 8], "canary": [2, 4, 6]}
+
+
+class StopAt(Lever):
+    """Stops training once a meter shows `value`."""
+
+    value: float
+
+    def after_probe(self, readings: Sequence[Reading], ctx: ProbeContext, memory: Memory) -> None:
+        memory.setdefault("probed", []).append(ctx.step)
+        if any(r.meter == "canary" and r.value >= self.value for r in readings):
+            ctx.stop = f"canary at {self.value}"
+
+
+def test_a_lever_may_stop_the_run(tmp_path: Path) -> None:
+    trainer = tiny_run(
+        [StopAt(value=4.0)],
+        tmp_path,
+        steps=9,
+        meters=[lambda step: [Reading("canary", "text", "selection", step, step, 0.1, 5)]],
+        every=2,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.stopped == "canary at 4.0"
+    assert trainer.lever_memory["test_trainer"] == {"probed": [2, 4]}
+
+
+def test_a_checkpoint_counts_once_it_is_complete(tmp_path: Path) -> None:
+    assert last_complete_checkpoint(tmp_path) is None
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_complete_checkpoint(tmp_path) is None
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}" / "complete.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_checkpoint_broken_off_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    trainer = tiny_run([], tmp_path, steps=3, arguments=saving)
+    save = trainer._save_rng_state
+
+    def full_disk(folder: str) -> None:
+        if folder.endswith("-2"):
+            raise OSError("No space left on device")
+        save(folder)
+
+    monkeypatch.setattr(trainer, "_save_rng_state", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    checkpoints = tmp_path / "checkpoints"
+    assert (checkpoints / "checkpoint-2" / "optimizer.pt").is_file()
+    assert last_complete_checkpoint(checkpoints) == checkpoints / "checkpoint-1"
+
+
+def test_the_weights_of_a_term_are_its_tokens_not_its_rows(tmp_path: Path) -> None:
+    """The lesson's loss of the first step, against the model's own loss over its documents."""
+    trainer = tiny_run([], tmp_path, steps=1, micro_batches=2)
+    mixture, model = trainer.train_dataset, llama()
+    total, count = 0.0, 0
+    for index, row in mixture.rows_at(0):
+        assert mixture.streams[index].role is Role.TASK
+        ids, learned = mixture.streams[index].fetch(row)
+        labels = [token if ok else -100 for token, ok in zip(ids, learned, strict=True)]
+        loss = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        total += loss.item() * sum(learned)
+        count += sum(learned)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    """Over gloo: two micro-batches on each of two processes, against four on one."""
+    script = Path(__file__).parent / "levers" / "two_processes.py"
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [sys.executable, *launch, str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    parallel = torch.load(tmp_path / "outcome.pt")
+    alone = parallel_run(tmp_path / "alone", accumulation=4)
+    assert (parallel["processes"], alone["processes"]) == (2, 1)
+    assert parallel["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert parallel["readings"] == pytest.approx(alone["readings"], rel=1e-3, abs=1e-6)
+    torch.testing.assert_close(parallel["weights"], alone["weights"], rtol=0, atol=1e-5)
