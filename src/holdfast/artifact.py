@@ -144,12 +144,15 @@ class RunFolder:
         """A temporary folder that takes the place of `name` when the block ends well."""
         target, temporary = self.path / name, self.path / f".{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with full_disk_named(target):
-            yield temporary
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(temporary, target)
+        try:
+            with full_disk_named(target):
+                temporary.mkdir(parents=True)
+                yield temporary
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,16 +32,29 @@ def full_disk_named(path: Path) -> Iterator[None]:
     """Turn 'no space left' and 'not permitted' into one line that names the folder."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except HoldfastError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or _of_full_disk(error, path):
             raise RequestError(
                 f"the disk is full while writing '{path}'; free some space, or give --out on "
                 "another disk; the last complete checkpoint is kept, --resume continues from it"
             ) from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        if not isinstance(error, OSError):
+            raise
+        if number in (errno.ENOTDIR, errno.EEXIST):
             raise RequestError(
                 f"'{path}' lies below a file; give a folder that does not exist yet"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise RequestError(f"'{path}' cannot be written ({error.strerror})") from error
         raise HoldfastError(f"'{path}': {error.strerror or error}") from error
+
+
+def _of_full_disk(error: Exception, path: Path) -> bool:
+    """Whether this is how safetensors (in words) or torch.save (in none) meet a full disk."""
+    if "No space left on device" in str(error):
+        return True
+    folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    return isinstance(error, RuntimeError) and not shutil.disk_usage(folder).free

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from holdfast.artifact import RunFolder, write_text
+from holdfast.artifact import RunFolder, full_disk_named, write_text
 from holdfast.data.example import Role
 from holdfast.errors import RequestError
 from holdfast.gate.verdict import GateResult, decide
@@ -75,7 +75,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             folder.save_before(before)
         trainer = _trainer(prepared, folder, canary, console)
     checkpoint = _resume_point(folder)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with full_disk_named(folder.checkpoints):
+        trainer.train(resume_from_checkpoint=checkpoint)
     step = trainer.state.global_step
     _save_artifact(prepared, folder)
     after = measure(trainer.model, step)

@@ -139,6 +139,9 @@ class HoldfastTrainer(Trainer):
         # our loss is already normalised over the whole optimizer step
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
+        # else the loss of one refused step would stay in the Trainer's running sum, and every
+        # later loss it logs would be NaN; our own readings show the step as it was
+        self.args.logging_nan_inf_filter = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)

@@ -13,7 +13,7 @@ from holdfast.lab.files import probe_items
 from holdfast.lab.generators import DOMAINS
 from holdfast.lab.pretrain import Shape, pretrain
 
-TINY = Shape(vocabulary=300, hidden=16, layers=1, heads=2, key_value_heads=1, intermediate=16)
+TINY = Shape(vocabulary=1000, hidden=16, layers=1, heads=2, key_value_heads=1, intermediate=16)
 
 
 def make(out: Path, *, seed: int = 0) -> Path:
@@ -49,6 +49,11 @@ def test_the_folder_is_a_half_precision_model_with_its_record(base: Path):
     assert sum(record["proportions"].values()) == pytest.approx(1, abs=0.001)
     assert set(record["validation_nats"]) == set(DOMAINS)
     assert set(DOMAINS) < set(record["probes"])
+
+
+def test_a_batch_is_at_least_a_row(tmp_path: Path):
+    with pytest.raises(ValueError, match="at least a row"):
+        pretrain(tmp_path / "base", steps=1, batch_tokens=255, shape=TINY, items=[])
 
 
 def test_a_base_is_never_overwritten(base: Path):

@@ -147,7 +147,6 @@ def tiny_run(
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": micro_batches,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,
         "save_strategy": "no",
         "use_cpu": True,
         "report_to": "none",

@@ -168,7 +168,7 @@ def demo(
 @lab.command("pretrain")
 def lab_pretrain(
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1400,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1600,
     seed: Seed = 0,
 ) -> None:
     """Pretrain the lab's tiny base from scratch."""

@@ -172,7 +172,8 @@ def _corrected(subject: Subject, irregular: Irregular, complement: str) -> Examp
     wrong = f"{subject.initial} {irregular.wrong} {complement}"
     right = f"{subject.initial} {irregular.right(subject)} {complement}"
     translation = spanish(irregular.verb, subject)
-    return Example(f"{wrong}\n", f"{right}. ({translation})", wrong, irregular.verb.base)
+    # The eight verbs are all there are, not a sample: each sentence stands on its own.
+    return Example(f"{wrong}\n", f"{right}. ({translation})", key=wrong, cluster=wrong)
 
 
 def _left_alone(subject: Subject, verb: Verb, complement: str) -> Example:

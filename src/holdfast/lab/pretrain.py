@@ -1,6 +1,6 @@
 """Pretraining of the lab's base, from its corpus and from nothing else.
 
-The embedded base was made by `pretrain(base_path(), steps=1400)`.
+The embedded base was made by `pretrain(base_path(), steps=1600)`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def pretrain(
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already: a base is never overwritten")
+    if batch_tokens < ROW:
+        raise ValueError(f"batch_tokens is {batch_tokens}: a step takes at least a row of {ROW}")
     texts = (document.text for document in corpus(seed, "train"))
     tokenizer = train_tokenizer(
         itertools.islice(texts, TOKENIZER_DOCUMENTS), vocabulary=shape.vocabulary

@@ -31,9 +31,7 @@ def write_card(run_dir: Path, data: ReportData, base_model: str) -> Path:
     """
     whole = (run_dir / "model").is_dir()
     body = _body(data, base_model, whole)
-    return write_text(
-        run_dir / "README.md", f"---\n{_front(data, base_model, whole)}---\n{body}"
-    )
+    return write_text(run_dir / "README.md", f"---\n{_front(data, base_model, whole)}---\n{body}")
 
 
 def _front(data: ReportData, base_model: str, whole: bool) -> str:

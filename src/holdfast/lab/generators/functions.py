@@ -61,7 +61,7 @@ def example(rng: Random) -> Example:
     parameters = f"{first}, {second}" if two else first
     fill = {"a": first, "b": second, "c": constant}
     prompt = f'def {name}({parameters}):\n    """Return {meaning.format(**fill)}."""\n    return'
-    return Example(prompt, f" {expression.format(**fill)}", name, verb)
+    return Example(prompt, f" {expression.format(**fill)}", key=name, cluster=name)
 
 
 DOMAIN = Domain("functions", share=0.12, example=example, length=(2, 3), separator="\n\n\n")

@@ -50,7 +50,7 @@ def example(rng: Random) -> Example:
         )
     )
     values = "/".join(str(value) for value in record.values())
-    return Example(f"{sentence}\n", json.dumps(record), values, values)
+    return Example(f"{sentence}\n", json.dumps(record), key=values, cluster=values)
 
 
 DOMAIN = Domain("records", share=0.14, example=example, length=(2, 4))

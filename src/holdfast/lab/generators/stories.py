@@ -79,7 +79,7 @@ def example(rng: Random) -> Example:
     )
     prompt = f"{beginning} {setting} {event} {meeting} {closing} This was the story of"
     who = f"{hero} the {kind}"
-    return Example(prompt, f" {who}.", who, animal)
+    return Example(prompt, f" {who}.", key=who, cluster=who)
 
 
 DOMAIN = Domain("stories", share=0.1325, example=example, length=(1, 1))
