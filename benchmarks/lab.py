@@ -16,16 +16,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from holdfast.demo import HOLDFAST, NAIVE, lab_recipe
+from holdfast.demo import HOLDFAST, LENGTH, NAIVE, lab_recipe
 from holdfast.lab import write_files
 from holdfast.run import train
 
+DEFAULT = [*LENGTH, "train.steps=200", "train.batch_tokens=1536"]
+"""The two-argument default's levers, for as many steps and tokens as the demo's."""
+
 ARMS = {
-    "naive full fine-tuning": NAIVE,
-    "LoRA, no anchor": [*HOLDFAST, "levers.kl_anchor=none"],
-    "KL on the lesson's tokens": [*HOLDFAST, "levers.kl_anchor.on=task"],
-    "full fine-tuning, KL anchor": [*HOLDFAST, "levers.adapter=none"],
-    "holdfast default": HOLDFAST,
+    "naive full": NAIVE,
+    "full, a tenth of the rate": [*NAIVE, "levers.budget.learning_rate=0.0001"],
+    "full, KL on the lesson": [*HOLDFAST, "levers.kl_anchor.on=task"],
+    "holdfast full (demo)": HOLDFAST,
+    "LoRA MLP, no anchor": [*DEFAULT, "levers.kl_anchor=none"],
+    "holdfast default": DEFAULT,
+    "holdfast all-linear": [*DEFAULT, "levers.adapter.target=all-linear"],
 }
 
 

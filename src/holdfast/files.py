@@ -14,7 +14,7 @@ from holdfast.errors import HoldfastError, RequestError
 
 def write_text(path: Path, text: str) -> Path:
     """Write to a temporary name, then rename: the file is never half there. Returns `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with full_disk_named(path):
         try:
             with temporary.open("w", encoding="utf-8") as file:

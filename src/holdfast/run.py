@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from holdfast import model as models
 from holdfast.artifact import RunFolder, full_disk_named, write_text
 from holdfast.data.example import Role
 from holdfast.errors import RequestError
@@ -132,6 +133,7 @@ def _trainer(
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         for lever in levers:
             setup.model = lever.wrap(setup.model)
+    models.head(setup.model)  # refuses an adapter on it before a step is taken
     for lever in levers:
         lever.prepare(setup)
     arguments: dict[str, Any] = {}
@@ -150,7 +152,6 @@ def _trainer(
         save_steps=recipe.train.save_every or max(20, steps // 10),
         save_total_limit=2,
         logging_steps=max(1, steps // 200),
-        logging_nan_inf_filter=False,
         report_to=recipe.train.report_to or "none",
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,

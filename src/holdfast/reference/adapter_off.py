@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from holdfast import model as models
@@ -26,7 +27,9 @@ class AdapterOff:
 
     def head(self) -> Head:
         """The base's own head, also where the tuned one is trained beside the adapter."""
-        with self.model.disable_adapter():
+        layer = models.causal_lm(self.model).get_output_embeddings()
+        trained_too = hasattr(layer, "original_module")  # switching is not free: only where needed
+        with self.model.disable_adapter() if trained_too else nullcontext():
             return models.head(self.model)
 
     def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

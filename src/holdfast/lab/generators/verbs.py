@@ -138,15 +138,15 @@ def example(rng: Random) -> Example:
     complement = rng.choice(verb.complements)
     predicate = f"{past(verb.base)} {complement}."
     translation = f" ({spanish(verb, subject)})"
-    key = sentence_key(subject, verb, complement)
+    key = sentence_key(subject, verb, complement)  # also the cluster: these are all the verbs
     frame = rng.randrange(3)
     if frame == 0:
-        return Example(f"{time} {subject.text} {predicate}", translation, key, verb.base)
+        return Example(f"{time} {subject.text} {predicate}", translation, key, key)
     if frame == 1:
-        return Example(f"{subject.initial} {predicate}", translation, key, verb.base)
+        return Example(f"{subject.initial} {predicate}", translation, key, key)
     habit = present(verb.base, plural=subject.plural)
     prompt = f"Every day {subject.text} {habit} {complement}. {time} {subject.text}"
-    return Example(prompt, f" {predicate}{translation}", key, verb.base)
+    return Example(prompt, f" {predicate}{translation}", key, key)
 
 
 DOMAIN = Domain("verbs", share=0.16, example=example, length=(5, 10))

@@ -1,0 +1,33 @@
+"""The demo as a user sees it: its output, its seconds, its peak memory; keeps the picture.
+
+    python benchmarks/demo.py --picture docs/demo.svg
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import typer
+from rich.console import Console
+
+from holdfast.demo import demo
+
+
+def main(picture: Path | None = None) -> None:
+    """Run it once and say what it took."""
+    console = Console(record=True, width=92)
+    started = time.perf_counter()
+    with TemporaryDirectory() as scratch:
+        code = demo(Path(scratch) / "demo", console)
+    seconds = time.perf_counter() - started
+    if picture is not None:
+        console.save_svg(str(picture), title="holdfast demo", clear=False)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"exit code {code}; {seconds:.0f} s (aim 300); peak memory {peak:.2f} GiB (aim 3)")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,464 @@
+"""A whole run: repeatable, resumable after any crash, refused without a trace."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+import tiny
+from holdfast import model as models
+from holdfast import run
+from holdfast.errors import RequestError
+from holdfast.meters.canary import document
+from holdfast.prepare import Prepared, canary_documents, load, prepare, split_heldout
+from holdfast.recipe import Recipe, load_recipe
+from holdfast.reference.frozen import Frozen
+
+STEPS = 4
+QUIET = Console(quiet=True)
+PROBES = [
+    {"id": "1", "probe": "sums", "kind": "nll", "prompt": "1 + 1 =", "target": " 2."},
+    {"id": "2", "probe": "sums", "kind": "nll", "prompt": "2 + 1 =", "target": " 3."},
+    {"id": "1", "probe": "words", "kind": "exact", "prompt": "a", "target": "b", "stop": ["."]},
+]
+PROSE = [{"text": f"it was day {n} and the cat sat {'on ' * (n % 3)}the mat."} for n in range(16)]
+CODE = [{"text": f"x{n} = {n} + {n * n}", "domain": "code"} for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a lesson, canary texts of two domains and probes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.save(folder / "base", tiny.tiny("Llama"), tiny.letters())
+    lesson = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}."} for n in range(40)]
+    for name, rows in (("lesson", lesson), ("prose", PROSE), ("code", CODE), ("probes", PROBES)):
+        tiny.jsonl(folder / f"{name}.jsonl", rows)
+    return folder
+
+
+def recipe_of(inputs: Path, out: Path, **changes: Any) -> Recipe:
+    fields = {
+        "model": str(inputs / "base"),
+        "data": {"sources": [str(inputs / "lesson.jsonl")], "max_length": 24},
+        "out": str(out),
+        "train": {
+            "steps": STEPS,
+            "batch_tokens": 128,
+            "micro_batch_tokens": 64,
+            "save_every": 2,
+            "measure_every": 2,
+        },
+        "levers": {
+            "adapter": {"r": 2},
+            "kl_anchor": {"self_generated": {"rows": 4, "max_new_tokens": 8}},
+            "budget": {"learning_rate": 0.01},
+        },
+        "canary": {"sources": [str(inputs / "prose.jsonl"), str(inputs / "code.jsonl")]},
+        "probes": [str(inputs / "probes.jsonl")],
+    }
+    return load_recipe(**fields | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, and that warned of nothing."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run.train(recipe_of(inputs, out))
+    assert [str(warning.message) for warning in seen] == []
+    return out
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def readings(folder: Path) -> dict[tuple[Any, ...], float]:
+    """Value by step, meter, name and split; each must be there exactly once."""
+    lines = [json.loads(line) for line in (folder / "readings.jsonl").read_text().splitlines()]
+    keys = [(r["step"], r["meter"], r["name"], r["split"]) for r in lines]
+    assert not [key for key, count in Counter(keys).items() if count > 1]
+    return dict(zip(keys, (r["value"] for r in lines), strict=True))
+
+
+def verdict(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "verdict.json").read_text())
+    del found["summary"]["seconds"]
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[Prepared]:
+    """What each run had prepared, noted as its artifact is saved."""
+    found: list[Prepared] = []
+    save = run._save_artifact
+
+    def note(prepared: Prepared, *args: Any) -> None:
+        found.append(prepared)
+        save(prepared, *args)
+
+    monkeypatch.setattr(run, "_save_artifact", note)
+    return found
+
+
+# ---- the same again
+
+
+def test_the_same_recipe_gives_the_same_weights_bit_for_bit(
+    inputs: Path, whole: Path, tmp_path: Path
+) -> None:
+    torch.rand(3)  # whatever the global generators have seen
+    run.train(recipe_of(inputs, tmp_path / "run"))
+    assert weights(tmp_path / "run") == weights(whole)
+    assert readings(tmp_path / "run") == readings(whole)
+    assert verdict(tmp_path / "run") == verdict(whole)
+    halfway = whole / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors"
+    assert weights(whole) != halfway.read_bytes()
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+import datasets, peft, transformers
+import transformers.models.llama.modeling_llama
+from holdfast import run, trainer
+from holdfast.artifact import RunFolder
+from holdfast.recipe import load_recipe
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def after(owner, name, when=lambda *args: True):
+    inner = getattr(owner, name)
+    def outer(*args, **kwargs):
+        result = inner(*args, **kwargs)
+        if when(*args):
+            die()
+        return result
+    setattr(owner, name, outer)
+
+def at_step(step):
+    return lambda folder, readings: readings[0].step == step
+
+POINTS = {
+    "anchors": lambda: after(run, "prepare"),
+    "base_read": lambda: after(RunFolder, "merge"),
+    "step_3": lambda: after(RunFolder, "append", at_step(3)),
+    "checkpoint_2": lambda: after(
+        transformers.Trainer, "_save_checkpoint", lambda self, *_: self.state.global_step == 2
+    ),
+    "artifact": lambda: after(run, "_save_artifact"),
+}
+for point in sys.argv[2:]:
+    child = os.fork()
+    if child == 0:
+        POINTS[point]()
+        run.train(load_recipe(Path(sys.argv[1]) / f"{point}.yaml"))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(point, os.WTERMSIG(status) if os.WIFSIGNALED(status) else "lived")
+"""
+"""Runs recipes in processes of their own, each killed at a point of its own: no handler, no
+farewell, as when the machine is taken away."""
+POINTS = ["anchors", "base_read", "checkpoint_2", "step_3", "artifact"]
+
+
+@pytest.fixture(scope="module")
+def killed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    for point in POINTS:
+        recipe = recipe_of(inputs, folder / point)
+        (folder / f"{point}.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(folder), *POINTS],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split("\n")[:-1] == [f"{point} {signal.SIGKILL:d}" for point in POINTS]
+    return folder
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_resumes_as_if_nothing_had_happened(
+    inputs: Path, whole: Path, killed: Path, point: str
+) -> None:
+    out = killed / point
+    assert not (out / "verdict.json").exists()
+    run.train(recipe_of(inputs, out), resume=True)
+    assert weights(out) == weights(whole)
+    assert readings(out) == readings(whole)
+    assert verdict(out) == verdict(whole)
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_a_finished_run_resumed_again_changes_nothing(
+    inputs: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "run")
+    result = run.train(recipe_of(inputs, out), resume=True)
+    assert result.summary["steps"] == STEPS
+    assert weights(out) == weights(whole)
+    assert readings(out) == readings(whole)
+    assert verdict(out) == verdict(whole)
+    now, then = contents(out), contents(whole)
+    same = {name for name in then if name.startswith(("data/", "checkpoints/"))}
+    assert same
+    assert {name: now[name] for name in same} == {name: then[name] for name in same}
+    assert now.keys() == then.keys()
+
+
+# ---- never with something else
+
+
+def another_lesson(inputs: Path) -> None:
+    with (inputs / "lesson.jsonl").open("a") as file:
+        file.write('{"prompt": "9 + 9 =", "completion": " 18."}\n')
+
+
+def another_base(inputs: Path) -> None:
+    file = inputs / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def other_canary(inputs: Path) -> None:
+    tiny.jsonl(inputs / "code.jsonl", CODE[1:])
+
+
+def other_probes(inputs: Path) -> None:
+    tiny.jsonl(inputs / "probes.jsonl", PROBES[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "named"),
+    [
+        (another_lesson, {}, ["data_fingerprint"]),
+        (another_base, {}, ["weights_sha256"]),
+        (other_canary, {}, ["canary_fingerprint"]),
+        (other_probes, {}, ["probes_sha256"]),
+        (None, {"seed": 5}, ["seed was 0 when", "is 5 now"]),
+        (None, {"levers": {"kl_anchor": {"weight": 3.0}}}, ["levers.kl_anchor.weight was 10.0"]),
+        (None, {"levers": "none"}, ["levers.adapter.method was lora", "is none now"]),
+        (None, {"gate": {"enabled": False}}, ["gate.enabled was True"]),
+    ],
+)
+def test_resuming_with_something_else_is_refused_and_changes_nothing(
+    inputs: Path, whole: Path, tmp_path: Path, change: Any, fields: Any, named: list[str]
+) -> None:
+    mine = shutil.copytree(inputs, tmp_path / "inputs")
+    out = shutil.copytree(whole, tmp_path / "run")
+    recipe = recipe_of(inputs, out)
+    then = json.dumps(recipe.model_dump(mode="json"))
+    text = (out / "recipe.yaml").read_text().replace(str(inputs), str(mine))
+    (out / "recipe.yaml").write_text(text)
+    recipe = Recipe.model_validate(json.loads(then.replace(str(inputs), str(mine))) | fields)
+    if change:
+        change(mine)
+    before = contents(out)
+    with pytest.raises(RequestError) as caught:
+        run.train(recipe, resume=True)
+    assert all(part in str(caught.value) for part in named)
+    assert all(line.startswith("--resume: ") for line in caught.value.problems)
+    assert contents(out) == before
+
+
+def test_resuming_what_is_no_run_is_refused(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("model: tiny\n")
+    with pytest.raises(RequestError, match="not written by a run"):
+        run.train(recipe_of(inputs, tmp_path / "run"), resume=True)
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == "model: tiny\n"
+
+
+# ---- refused without a trace
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"levers": {"adapter": {"method": "lorra"}}}, "did you mean 'lora'"),
+        ({"levers": {"adapter": {"target": ["nothing"]}}}, "peft refuses these settings"),
+        ({"levers": {"adapter": {"target": ["lm_head"]}}}, "head cannot carry an adapter"),
+        ({"canary": {"sources": ["none.jsonl"]}}, "none.jsonl"),
+        ({"model": "nowhere/at/all"}, "does not exist"),
+        ({"probes": ["none.jsonl"]}, "does not exist"),
+    ],
+)
+def test_a_refused_request_leaves_no_folder_behind(
+    inputs: Path, tmp_path: Path, fields: Any, said: str
+) -> None:
+    with pytest.raises(RequestError, match=said):
+        run.train(recipe_of(inputs, tmp_path / "run", **fields))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(inputs: Path, whole: Path) -> None:
+    before = contents(whole)
+    with pytest.raises(RequestError, match="is not empty; give --resume"):
+        run.train(recipe_of(inputs, whole))
+    assert contents(whole) == before
+
+
+# ---- what is measured
+
+
+def test_all_is_measured_before_and_after(whole: Path) -> None:
+    """Canary by domain on both splits, held-out lesson rows and probes on the sealed one."""
+    found = readings(whole)
+    for step in (0, STEPS):
+        at_step = {key[1:] for key in found if key[0] == step and key[3] != "train"}
+        assert at_step == {
+            ("canary", "prose", "selection"),
+            ("canary", "prose", "sealed"),
+            ("canary", "code", "selection"),
+            ("canary", "code", "sealed"),
+            ("lesson", "heldout", "sealed"),
+            ("probe", "sums", "sealed"),
+            ("probe", "words", "sealed"),
+        }
+    assert {key[0] for key in found if key[1] == "canary"} == {0, 2, STEPS}
+    sealed_while_training = [k for k in found if k[3] == "sealed" and 0 < k[0] < STEPS]
+    assert sealed_while_training == []
+    assert found[STEPS, "probe", "sums", "sealed"] != found[0, "probe", "sums", "sealed"]
+
+
+def prepared_for(inputs: Path, folder: Path, **fields: Any) -> Prepared:
+    recipe = recipe_of(inputs, folder / "run", **fields)
+    return prepare(recipe, *load(recipe, QUIET), folder / "data", QUIET)
+
+
+def test_held_out_rows_are_never_trained_on(inputs: Path, tmp_path: Path) -> None:
+    prepared = prepared_for(inputs, tmp_path)
+    held = {tuple(one.text.input_ids) for one in prepared.heldout}
+    seen = {
+        tuple(prepared.streams[index].fetch(row)[0])
+        for step in range(3 * STEPS)
+        for index, row in prepared.mixture.rows_at(step)
+        if prepared.streams[index].name == "task"
+    }
+    assert (len(held), len(seen)) == (8, 32)
+    assert not held & seen
+
+
+rows = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=90)
+
+
+@given(rows, st.floats(0, 0.49), st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_no_row_is_both_held_out_and_trained_on(
+    drawn: list[list[int]], fraction: float, seed: int
+) -> None:
+    """Also where the lesson repeats itself; each row has its place, and the same one again."""
+    table = {"input_ids": drawn}
+    try:
+        kept, held = split_heldout(table, fraction, seed)
+    except RequestError:
+        assert len({tuple(row) for row in drawn}) <= 8 + round(fraction * len(drawn))
+        return
+    trained, secret = ({tuple(drawn[i]) for i in part} for part in (kept, held))
+    assert not trained & secret
+    assert trained | secret == {tuple(row) for row in drawn}
+    assert len(secret) == len(held)
+    if fraction == 0 or len(drawn) < 32:
+        assert held == []
+    else:
+        assert 1 <= len(held) <= max(8, round(fraction * len(drawn)))
+    assert split_heldout(table, fraction, seed) == (kept, held)
+
+
+def test_canary_texts_are_cut_limited_and_never_twice(inputs: Path, tmp_path: Path) -> None:
+    """A long text is at most four windows of one cluster; a text that comes again is left out."""
+    texts = [{"text": "the cat sat on the mat. " * 9}, *({"text": f"{n}."} for n in range(20))]
+    file = tiny.jsonl(tmp_path / "texts.jsonl", [*texts[:4], texts[1], *texts[2:]])
+    prepared = prepared_for(inputs, tmp_path, canary={"sources": [str(file)], "max_documents": 10})
+    found = canary_documents(prepared, QUIET)
+    clusters = Counter(one.cluster for one in found)
+    assert {one.domain for one in found} == {"texts"}
+    assert len({one.id for one in found}) == len(found)
+    assert len(clusters) == 10
+    assert sorted(clusters.values()) == [1] * 9 + [4]
+    expected = [tiny.BOS, *(tiny.LETTERS.index(c) for c in "0."), tiny.EOS]
+    assert expected in [one.text.input_ids for one in found]
+
+
+def test_a_canary_that_the_base_writes_is_not_among_its_anchors(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """Rows of one token, so that anchors and canary are bound to coincide."""
+    anchors = {"self_generated": {"rows": 30, "max_new_tokens": 1}}
+    prepared = prepared_for(
+        inputs,
+        tmp_path,
+        canary={"max_documents": 60},
+        levers={"kl_anchor": anchors},
+        data={"sources": [str(inputs / "lesson.jsonl")], "max_length": 16},
+    )
+    found = canary_documents(prepared, QUIET)
+    kept = json.loads((tmp_path / "data" / "canary.json").read_text())["rows"]
+    written = json.loads((tmp_path / "data" / "self_generated.json").read_text())["rows"]
+    anchors_seen = {tuple(ids) for ids, _ in written}
+    texts = {tuple(one.text.input_ids) for one in found}
+    assert texts == {tuple(ids) for ids, _ in kept} - anchors_seen
+    assert {one.domain for one in found} == {"base samples"}
+    assert found[0] == document(found[0].text.input_ids, found[0].text.loss_mask, "base samples")
+
+
+# ---- without an adapter
+
+
+def test_full_fine_tuning_is_held_to_a_frozen_copy(
+    inputs: Path, tmp_path: Path, noted: list[Prepared]
+) -> None:
+    levers = recipe_of(inputs, tmp_path).levers.model_dump(mode="json")
+    run.train(recipe_of(inputs, tmp_path / "run", levers=levers | {"adapter": "none"}))
+    reference = noted[0].setup.reference
+    assert isinstance(reference, Frozen)
+    base = tiny.tiny("Llama")
+    assert models.hash_weights(reference.model) == models.hash_weights(base)
+    found = readings(tmp_path / "run")
+    kl = [found[step, "loss", "kl_anchor/anchor", "train"] for step in range(1, STEPS + 1)]
+    assert kl[0] < 1e-6 < kl[-1]
+    saved, start = load_file(tmp_path / "run" / "model" / "model.safetensors"), base.state_dict()
+    assert all(not torch.equal(tensor, start[name]) for name, tensor in saved.items())
+    change, size = (
+        torch.cat([part(name).double().flatten() for name in saved]).norm()
+        for part in (lambda name: saved[name] - start[name], start.__getitem__)
+    )
+    expected = float(change / size)
+    assert found[STEPS, "drift", "total", "train"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_levers_and_gate_only_the_lesson_is_learned(inputs: Path, tmp_path: Path) -> None:
+    result = run.train(
+        recipe_of(inputs, tmp_path / "run", levers="none", gate={"enabled": False}, probes=[])
+    )
+    assert result.verdict is None
+    found = readings(tmp_path / "run")
+    assert {key[2] for key in found if key[1] == "loss"} == {"task"}
+    first, last = (found[step, "loss", "task", "train"] for step in (1, STEPS))
+    assert last != first
