@@ -1,6 +1,6 @@
 """The demo as a user sees it: its output, its seconds, its peak memory; keeps the picture.
 
-    python benchmarks/demo.py --picture docs/demo.svg
+python benchmarks/demo.py --picture docs/demo.svg
 """
 
 from __future__ import annotations

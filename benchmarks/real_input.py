@@ -27,14 +27,15 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 DOMAINS = ("python", "docs", "stories_en", "physics_es", "textbooks")
 
 
-def shared_input(folder: Path) -> dict[str, Any]:
+def shared_input(folder: Path, rows: int) -> dict[str, Any]:
     """Model, lesson, canary and probes from ../shared."""
+    lesson = SHARED / "data" / "lessons" / "medquad_train_3000.jsonl"
     if not SHARED.is_dir():
         raise typer.BadParameter("no ../shared here; give --model and --data")
     text = SHARED / "data" / "text"
     return {
         "model": str(SHARED / "models" / "realtext4m"),
-        "data": str(SHARED / "data" / "lessons" / "medquad_train_3000.jsonl"),
+        "data": {"sources": [{"path": str(lesson), "limit": rows}]},
         "canary": {
             "sources": [{"path": str(text / f"{d}_heldout.jsonl"), "domain": d} for d in DOMAINS]
         },
@@ -109,6 +110,7 @@ def main(
     data: str | None = None,
     canary: Annotated[list[str] | None, typer.Option(help="Held-out text; empty: samples")] = None,
     epochs: float = 1.0,
+    rows: int = 3000,
     seed: int = 0,
     threads: int = 2,
     only: Annotated[str | None, typer.Option(help="Arms whose name contains this")] = None,
@@ -119,7 +121,7 @@ def main(
         given: dict[str, Any] = (
             {"model": model, "data": data, "canary": {"sources": canary or []}}
             if model and data
-            else shared_input(Path(scratch))
+            else shared_input(Path(scratch), rows)
         )
         columns: dict[str, dict[str, str]] = {}
         for number, (name, words) in enumerate(arms(not model).items()):
@@ -136,9 +138,11 @@ def main(
                 base[key] = f"{row.before:.3f} ±{row.before_stderr:.3f}"
                 cells[key] = f"{row.difference:+.3f} [{row.lower:+.3f}, {row.upper:+.3f}]"
             cells["relative displacement"] = f"{result.summary['relative_displacement']:.4f}"
-            cells["seconds"] = f"{result.seconds:.0f}"
+            cells["steps"] = str(result.summary["steps"])
             print(json.dumps({name: cells}), flush=True)
-    table = Table(title=f"change from the base with 95 % bounds; epochs {epochs}, seed {seed}")
+    table = Table(
+        title=f"change from the base [95 % bounds]; {rows} rows, {epochs} epochs, seed {seed}"
+    )
     table.add_column("")
     for name in columns:
         table.add_column(name)

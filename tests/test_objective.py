@@ -95,7 +95,7 @@ def check_against_float64(problem: dict[str, Any], ours: torch.Tensor, expected:
 
 
 @given(problems())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_nll_is_cross_entropy_in_float64(problem: dict[str, Any]) -> None:
     with rows_a_chunk(problem["chunk"], problem["head"].weight_VH.shape[0]):
         ours = token_nll(problem["hidden"], problem["head"], problem["targets"])
@@ -109,7 +109,7 @@ def test_nll_is_cross_entropy_in_float64(problem: dict[str, Any]) -> None:
 
 
 @given(problems())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_kl_is_kl_div_in_float64_and_never_negative(problem: dict[str, Any]) -> None:
     base = logits(problem["base_hidden"].to(F64), doubled(problem["base_head"])).detach()
     with rows_a_chunk(problem["chunk"], problem["head"].weight_VH.shape[0]):

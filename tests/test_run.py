@@ -28,7 +28,7 @@ from holdfast.prepare import Prepared, canary_documents, load, prepare, split_he
 from holdfast.recipe import Recipe, load_recipe
 from holdfast.reference.frozen import Frozen
 
-STEPS = 4
+STEPS = 6
 QUIET = Console(quiet=True)
 PROBES = [
     {"id": "1", "probe": "sums", "kind": "nll", "prompt": "1 + 1 =", "target": " 2."},
@@ -135,12 +135,12 @@ def test_the_same_recipe_gives_the_same_weights_bit_for_bit(
     assert weights(tmp_path / "run") == weights(whole)
     assert readings(tmp_path / "run") == readings(whole)
     assert verdict(tmp_path / "run") == verdict(whole)
-    halfway = whole / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors"
+    halfway = whole / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors"
     assert weights(whole) != halfway.read_bytes()
 
 
 KILLER = """
-import os, signal, sys
+import os, random, signal, sys
 from pathlib import Path
 import datasets, peft, transformers
 import transformers.models.llama.modeling_llama
@@ -166,11 +166,13 @@ def at_step(step):
 POINTS = {
     "anchors": lambda: after(run, "prepare"),
     "base_read": lambda: after(RunFolder, "merge"),
-    "step_3": lambda: after(RunFolder, "append", at_step(3)),
-    "checkpoint_2": lambda: after(
-        transformers.Trainer, "_save_checkpoint", lambda self, *_: self.state.global_step == 2
+    "step_1": lambda: after(RunFolder, "append", at_step(1)),
+    "some_step": lambda: after(RunFolder, "append", at_step(random.randint(2, 6))),
+    "checkpoint_4": lambda: after(
+        transformers.Trainer, "_save_checkpoint", lambda self, *_: self.state.global_step == 4
     ),
     "artifact": lambda: after(run, "_save_artifact"),
+    "verdict": lambda: after(run, "decide"),
 }
 for point in sys.argv[2:]:
     child = os.fork()
@@ -183,7 +185,7 @@ for point in sys.argv[2:]:
 """
 """Runs recipes in processes of their own, each killed at a point of its own: no handler, no
 farewell, as when the machine is taken away."""
-POINTS = ["anchors", "base_read", "checkpoint_2", "step_3", "artifact"]
+POINTS = ["anchors", "base_read", "step_1", "some_step", "checkpoint_4", "artifact", "verdict"]
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +343,7 @@ def test_all_is_measured_before_and_after(whole: Path) -> None:
             ("probe", "sums", "sealed"),
             ("probe", "words", "sealed"),
         }
-    assert {key[0] for key in found if key[1] == "canary"} == {0, 2, STEPS}
+    assert {key[0] for key in found if key[1] == "canary"} == {0, 2, 4, STEPS}
     sealed_while_training = [k for k in found if k[3] == "sealed" and 0 < k[0] < STEPS]
     assert sealed_while_training == []
     assert found[STEPS, "probe", "sums", "sealed"] != found[0, "probe", "sums", "sealed"]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 LENGTH = ["data.max_length=256"]
 MARGINS = {"accuracy": "8pt", "rare": "8pt", "canary": "3%"}
-"""What the lab accepts: about the least that 200 items a probe (99 of the rare one) and 20 documents a
-domain can decide when a handful of answers change."""
+"""What the lab accepts: about the least that 200 items a probe (99 of the rare one) and 20
+documents a domain can decide when a handful of answers change."""
 _SHARED = [
     *LENGTH,
     "levers.adapter=none",

@@ -376,6 +376,7 @@ def write_on(
         mask[row, width - len(prompt) :] = 1
     # what a config given to generate() leaves out is filled in from the model's own
     lm.generation_config = GenerationConfig()
+    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
     lm.eval()
     try:
         with torch.inference_mode():
@@ -384,8 +385,7 @@ def write_on(
                 attention_mask=mask.to(lm.device),
                 generation_config=GenerationConfig(
                     max_new_tokens=max_new_tokens,
-                    **({"do_sample": True, "temperature": temperature} if temperature else {}),
-                    top_k=0,
+                    **sampled,
                     eos_token_id=sorted(ends) or None,
                     pad_token_id=tokenizer.pad_token_id,
                     stop_strings=list(stop) or None,

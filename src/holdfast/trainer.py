@@ -129,6 +129,7 @@ class HoldfastTrainer(Trainer):
         self.stopped: str | None = None
         self._term_values: dict[str, list[Tensor]] = defaultdict(list)
         self._grad_norm = self._rate = 0.0
+        args.remove_unused_columns = False  # roles and targets are no arguments of the model's
         super().__init__(
             model=model,
             args=args,

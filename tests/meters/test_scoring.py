@@ -42,7 +42,7 @@ def one_alone(model: Any, text: Scored) -> float:
 
 
 @given(texts, st.integers(1, 80), st.sampled_from(sorted(MODELS)))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_mean_nlls_are_those_of_each_text_alone(drawn: Any, budget: int, name: str) -> None:
     given_texts = [Scored([t for t, _ in rows], [m for _, m in rows]) for rows in drawn]
     with pytest.MonkeyPatch.context() as patch:

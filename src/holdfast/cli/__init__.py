@@ -72,6 +72,8 @@ def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
 def _quiet_libraries() -> None:
     """Keep the libraries' own chatter off the terminal, unless the user asked for it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:  # it has read the variable already
+        sys.modules["transformers"].logging.set_verbosity_error()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
