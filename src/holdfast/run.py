@@ -19,7 +19,7 @@ from rich.console import Console
 
 from holdfast import model as models
 from holdfast.artifact import RunFolder, full_disk_named, write_text
-from holdfast.data.example import Role
+from holdfast.data.example import EncodeReport, Role
 from holdfast.errors import RequestError
 from holdfast.gate.verdict import GateResult, decide
 from holdfast.meters import Reading
@@ -269,7 +269,12 @@ def _write_results(
             for name, budget in prepared.mixture.token_budget(prepared.steps).items()
         },
         environment=environment,
-        summary={**summary, "rows": prepared.lesson.as_dict(), **prepared.setup.notes},
+        summary={**summary, "rows": _counted(prepared.lesson), **prepared.setup.notes},
     )
     write_report(folder.path, data)
     write_card(folder.path, data, prepared.recipe.model.path)
+
+
+def _counted(report: EncodeReport) -> dict[str, int]:
+    """What became of the lesson's rows, without the counts that are zero."""
+    return {name: count for name, count in report.as_dict().items() if count}

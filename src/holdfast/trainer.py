@@ -125,7 +125,7 @@ class HoldfastTrainer(Trainer):
         self.start = start
         self.meters, self.every, self.record = tuple(meters), every, record
         self.kl_roles = frozenset[Role]().union(*(lever.kl_roles() for lever in self.levers))
-        self.refused = 0
+        self.refused: list[dict[str, Any]] = []  # step and reason of each
         self.stopped: str | None = None
         self._term_values: dict[str, list[Tensor]] = defaultdict(list)
         self._grad_norm = self._rate = 0.0
@@ -237,7 +237,7 @@ class _LeverCallback(TrainerCallback):
         for lever in trainer.levers:
             lever.before_step(ctx, trainer.lever_memory[lever.key])
         if ctx.refused:
-            trainer.refused += 1
+            trainer.refused.append({"step": ctx.step, "reason": "; ".join(ctx.refused)})
             # optimizers skip tensors without a gradient: no moment, no decay, no move
             trainer.model.zero_grad(set_to_none=True)
 
@@ -253,7 +253,7 @@ class _LeverCallback(TrainerCallback):
             scalars = {("loss", name): value for name, value in terms.items()}
             scalars["grad_norm", "total"] = trainer._grad_norm
             scalars["learning_rate", "total"] = trainer._rate
-            scalars["refused_steps", "total"] = float(trainer.refused)
+            scalars["refused_steps", "total"] = float(len(trainer.refused))
             scalars["drift", "total"] = trainer.start.displacement().relative
             readings += [
                 Reading(meter, name, "train", step, value, None, 1)

@@ -79,7 +79,7 @@ def test_a_refused_step_leaves_no_trace(
     trainer.train()
     # step 0 has learning rate 0 (warm-up), but its moments move
     assert [step for step in range(steps) if not watch.moved(step)] == [bad]
-    assert trainer.refused == trainer.lever_memory["budget"]["refused"] == 1
+    assert len(trainer.refused) == trainer.lever_memory["budget"]["refused"] == 1
     counted = [r.value for r in readings if r.meter == "refused_steps"]
     assert counted == [0.0] * bad + [1.0] * (steps - bad)
     assert len(trainer.lever_memory["budget"]["grad_norms"]) == steps - 1
@@ -93,7 +93,7 @@ def test_without_the_spike_rule_a_spike_passes(tmp_path: Path) -> None:
     bad = WARMED_UP + 1
     trainer = tiny_run([Budget(spike=0.0), jolt(1e4, bad)], tmp_path, steps=bad + 1)
     trainer.train()
-    assert trainer.refused == 0
+    assert trainer.refused == []
 
 
 def test_broken_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
