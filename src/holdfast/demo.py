@@ -17,26 +17,18 @@ if TYPE_CHECKING:
 
 LENGTH = ["data.max_length=256"]
 MARGINS = {"accuracy": "8pt", "rare": "8pt", "canary": "3%"}
-"""What the lab accepts: about the least that 200 items a probe (99 of the rare one) and 20
-documents a domain can decide when a handful of answers change."""
+"""What the lab accepts: wider than the gate's defaults, and set after the demo's results had been
+seen (docs/log.md)."""
 _SHARED = [
     *LENGTH,
     "levers.adapter=none",
     "levers.budget.learning_rate=0.001",
     "train.batch_tokens=1536",
-]
-NAIVE = [
-    *_SHARED,
-    "levers.kl_anchor=none",
-    "levers.budget.spike=0",
     "train.steps=200",
 ]
+NAIVE = [*_SHARED, "levers.kl_anchor=none", "levers.budget.spike=0"]
 """Plain full fine-tuning: no lever but the learning rate and clipping every trainer has."""
-HOLDFAST = [
-    *_SHARED,
-    "levers.kl_anchor.self_generated.fraction=0.5",
-    "train.steps=200",
-]
+HOLDFAST = [*_SHARED, "levers.kl_anchor.self_generated.fraction=0.5"]
 """The same with the anchor. Full fine-tuning, because the lesson's words are made of pieces the
 3M-parameter base never wrote, and an adapter leaves its embedding as it is: `benchmarks/lab.py`
 shows both."""

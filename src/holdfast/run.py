@@ -153,7 +153,6 @@ def _trainer(
         save_total_limit=2,
         logging_steps=max(1, steps // 200),
         report_to=recipe.train.report_to or "none",
-        remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         disable_tqdm=True,
         seed=recipe.seed,
