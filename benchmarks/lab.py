@@ -20,17 +20,16 @@ from holdfast.demo import HOLDFAST, LENGTH, NAIVE, lab_recipe
 from holdfast.lab import write_files
 from holdfast.run import train
 
-DEFAULT = [*LENGTH, "train.steps=200", "train.batch_tokens=1536"]
-"""The two-argument default's levers, for as many steps and tokens as the demo's."""
+LORA = [*LENGTH, "levers.adapter.method=lora"]
 
 ARMS = {
     "naive full": NAIVE,
-    "full, a tenth of the rate": [*NAIVE, "levers.budget.learning_rate=0.0001"],
+    "full, a tenth of the rate": [*NAIVE, "levers.budget.learning_rate=0.00003"],
     "full, KL on the lesson": [*HOLDFAST, "levers.kl_anchor.on=task"],
-    "holdfast full (demo)": HOLDFAST,
-    "LoRA MLP, no anchor": [*DEFAULT, "levers.kl_anchor=none"],
-    "holdfast default": DEFAULT,
-    "holdfast all-linear": [*DEFAULT, "levers.adapter.target=all-linear"],
+    "holdfast default": HOLDFAST,
+    "LoRA MLP, no anchor": [*LORA, "levers.kl_anchor=none", "train.batch_tokens=256"],
+    "holdfast, LoRA MLP": LORA,
+    "holdfast, LoRA all-linear": [*LORA, "levers.adapter.target=all-linear"],
 }
 
 

@@ -88,12 +88,13 @@ def _write(path: Path, items: list[dict[str, Any]]) -> Path:
 
 def arms(on_shared: bool) -> dict[str, list[str]]:
     """What is compared; replay of the base's own pretraining text only where it is known."""
-    plain = ["levers.kl_anchor=none"]
+    plain = ["levers.kl_anchor=none", "levers.adapter.method=lora"]
     found = {
-        "naive full fine-tuning": ["levers=none", "levers.budget.learning_rate=0.0003"],
+        "naive full fine-tuning": ["levers=none"],
         "LoRA on all linear, no anchor": [*plain, "levers.adapter.target=all-linear"],
         "LoRA on MLP, no anchor": plain,
         "holdfast default": [],
+        "holdfast, LoRA on MLP": ["levers.adapter.method=lora"],
     }
     if on_shared:
         paths = [str(SHARED / "data" / "text" / f"{d}_train.jsonl") for d in DOMAINS]
@@ -114,6 +115,7 @@ def main(
     seed: int = 0,
     threads: int = 2,
     only: Annotated[str | None, typer.Option(help="Arms whose name contains this")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="'NAME: key=value ...'")] = None,
 ) -> None:
     """Train each arm once and print the table."""
     torch.set_num_threads(threads)
@@ -124,7 +126,8 @@ def main(
             else shared_input(Path(scratch), rows)
         )
         columns: dict[str, dict[str, str]] = {}
-        for number, (name, words) in enumerate(arms(not model).items()):
+        chosen = {a.partition(":")[0]: a.partition(":")[2].split() for a in arm or ()}
+        for number, (name, words) in enumerate((chosen or arms(not model)).items()):
             if only and only not in name:
                 continue
             settings = [f"train.epochs={epochs}", f"seed={seed}", *words]

@@ -13,11 +13,19 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+
+@pytest.fixture(scope="session", autouse=True)
+def _results_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Stored probe results are the session's, never the user's."""
+    os.environ["HOLDFAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 QUICK = [
     "train.steps=2",
     "train.batch_tokens=128",
     "train.micro_batch_tokens=128",
     "data.heldout=0",
+    "levers.adapter.method=lora",
     "levers.kl_anchor.self_generated={rows: 4, max_new_tokens: 8}",
     "canary.max_documents=8",
     "gate.enabled=false",

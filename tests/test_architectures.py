@@ -58,7 +58,7 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = tiny.tiny(case.model, tie_word_embeddings=case.tied)
     base = tiny.save(folder / "base", model, tokenizer)
     lesson = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}."} for n in range(40)]
-    probe = {"id": "1", "probe": "sums", "kind": "nll", "prompt": "1 + 1 =", "target": " 2"}
+    probe = {"id": "1", "probe": "sums", "kind": "nll", "prompt": "90 + 1 =", "target": " 91"}
     recipe = load_recipe(
         model=str(base),
         data={"sources": [str(tiny.jsonl(folder / "lesson.jsonl", lesson))], "max_length": 32},

@@ -85,6 +85,18 @@ def more_tokens(here: Path, _patch: pytest.MonkeyPatch) -> None:
     tokenizer.save_pretrained(here / "grown")
 
 
+def other_tokens(here: Path, _patch: pytest.MonkeyPatch) -> None:
+    """The model in `grown/`, with a token that the tokenizer of `tiny/` does not have."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(here / "tiny")
+    tokenizer.add_tokens(["<word>"])
+    tokenizer.save_pretrained(here / "grown")
+    model = AutoModelForCausalLM.from_pretrained(here / "tiny")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(here / "grown")
+
+
 MESSAGES = '{"messages": [{"role": "user", "content": "hi"}, {"role": "%s", "content": "yo"}]}\n'
 
 WRONG = {
@@ -104,7 +116,7 @@ WRONG = {
     ),
     "unknown key below a lever": recipe(
         "levers: {kl_anchor: {self_generated: {colour: red}}}",
-        ("levers.kl_anchor.self_generated.colour: unknown key", "allowed: fraction, "),
+        ("levers.kl_anchor.self_generated.colour: unknown key", "allowed: engine, "),
     ),
     "key of another section": recipe(
         "learning_rate: 1.0e-4", ("learning_rate", "did you mean 'levers.budget.learning_rate'?")
@@ -211,6 +223,52 @@ WRONG = {
         "levers.adapter=none levers.kl_anchor.reference=adapter_off",
         ("levers.kl_anchor.reference: 'adapter_off' needs an adapter", "set it to frozen"),
     ),
+    # ---- the reference
+    "misspelt reference": words(
+        "levers.kl_anchor.reference=frozn",
+        ('levers.kl_anchor.reference: "frozn"', "did you mean 'frozen'?", "works: auto"),
+    ),
+    "no such stage": words(
+        "levers.kl_anchor.reference=runs/gone/",
+        ("levers.kl_anchor.reference: 'runs/gone/' does not exist", "give a folder"),
+    ),
+    "stage that is no model": Wrong(
+        f"{TRAIN} levers.kl_anchor.reference=notes",
+        [("levers.kl_anchor.reference: 'notes' has no config.json", "give a folder")],
+        {"notes/notes.txt": "mine"},
+    ),
+    "stage with other tokens": Wrong(
+        f"{TRAIN} levers.kl_anchor.reference=grown",
+        [("levers.kl_anchor.reference: 'grown' has another vocabulary", "give a stage with")],
+        arrange=other_tokens,
+    ),
+    "no such device": words(
+        "levers.adapter=none levers.kl_anchor.reference_device=cuda:77",
+        ("levers.kl_anchor.reference_device: 'cuda:77' is not a device", "give one of: cpu"),
+    ),
+    "reference_dtype without a copy": words(
+        "levers.kl_anchor.reference=adapter_off levers.kl_anchor.reference_dtype=int8",
+        ("levers.kl_anchor", "reference_dtype is for a second copy", "give reference: frozen"),
+    ),
+    "cache and another reference": words(
+        "levers.kl_anchor.cache=stored levers.kl_anchor.reference=frozen",
+        ("levers.kl_anchor", "cache is given but reference is 'frozen'", "give one of them"),
+    ),
+    "no cache named": words(
+        "levers.kl_anchor.reference=cache",
+        ("levers.kl_anchor", "reference 'cache' needs cache", "the folder that was built"),
+    ),
+    "no such cache": words(
+        "levers.kl_anchor.cache=stored", ("cache 'stored'", "cache.json", "holdfast cache build")
+    ),
+    "temperature of zero": words(
+        "levers.kl_anchor.divergence.temperature=0",
+        ("levers.kl_anchor.divergence.temperature: 0", "greater than 0", "works: 1.0"),
+    ),
+    "weight on no lesson": words(
+        "levers.kl_anchor.task_weight=2",
+        ("levers.kl_anchor", "task_weight is for on: both", "give weight"),
+    ),
     # ---- the lesson
     "empty lesson": lesson("", ("lesson.jsonl: has no rows", 'such as {"prompt"')),
     "malformed row": lesson(
@@ -286,7 +344,20 @@ WRONG = {
     ),
     "adapter for a model": model(
         {"config.json": None, "adapter_config.json": "{}"},
-        ("model.path: 'tiny' is an adapter", "merge it into its base first"),
+        ("model.path: 'tiny' has no adapter_model.safetensors", "give a folder"),
+    ),
+    "adapter that names no base": model(
+        {"config.json": None, "adapter_config.json": "{}", "adapter_model.safetensors": b""},
+        ("model.path: 'tiny' is an adapter that names no base", "set base_model_name_or_path"),
+    ),
+    "adapter that is a pickle": model(
+        {"config.json": None, "adapter_config.json": "{}", "adapter_model.bin": b"\x80\x02."},
+        ("adapter_model.bin' is a pickle and is never loaded", "safe_serialization=True"),
+    ),
+    "run that has not ended": Wrong(
+        "train --model one --data lesson.jsonl --out run",
+        [("model.path: 'one' is a run that has not ended", "holdfast train --resume --out one")],
+        {"one/recipe.yaml": "model: {path: tiny}\nresolved: {steps: 2}\n"},
     ),
     "config not JSON": model({"config.json": "{"}, ("config.json: not JSON", "save_pretrained")),
     "config not an object": model({"config.json": "5"}, ("config.json", "save_pretrained")),

@@ -28,10 +28,43 @@ SURFACE = {
     ],
     "init": ["--force", "--help", "path"],
     "validate": ["--help", "--json", "settings"],
+    "check-data": ["--data", "--help", "--json", "--model", "--no-model", "settings"],
     "schema": ["--help"],
     "show-batch": ["--generate", "--help", "--json", "--step", "settings"],
     "demo": ["--help", "--out"],
+    "theory": [
+        "--dim", "--draws", "--fisher-noise", "--help", "--json", "--learnt", "--overlap", "--seed"
+    ],
+    "eval": [
+        *("--canary", "--dtype", "--help", "--json", "--out", "--probes", "--run-generated-code"),
+        *("--tokenizer", "model"),
+    ],
+    "compare": [
+        *("--canary", "--dtype", "--help", "--json", "--out", "--probes", "--ranks"),
+        *("--run-generated-code", "--seed", "--tokenizer", "base", "tuned"),
+    ],
+    "rewind": [
+        *("--canary", "--dtype", "--help", "--json", "--margin", "--out", "--path", "--probes"),
+        *("--rule", "--run-generated-code", "--seed", "--tokenizer", "base", "tuned"),
+    ],
+    "cache": ["--help"],
+    "cache build": [
+        *("--data", "--draws", "--help", "--json", "--mass", "--max-entries", "--model", "--on"),
+        *("--out", "--shard", "--temperature", "settings"),
+    ],
+    "cache check": ["--help", "--json", "folder"],
+    "cache merge": ["--help", "--json", "--out", "shards"],
     "lab": ["--help"],
+    "mixer": ["--help"],
+    "mixer freeze": ["--help", "--json", "--model", "--out", "--share", "sources"],
+    "mixer show": ["--help", "--json", "file"],
+    "probes": ["--help"],
+    "probes check": ["--help", "--json", "--model", "files"],
+    "probes import": [
+        *("--chat", "--data", "--filter", "--help", "--json", "--max-new-tokens", "--n", "--out"),
+        *("--probe", "--seed", "--shots", "--tag", "task"),
+    ],
+    "probes show": ["--help", "--json", "--n", "files"],
     "lab pretrain": ["--help", "--out", "--seed", "--steps"],
     "lab files": ["--counterexamples", "--help", "--json", "--seed", "folder"],
 }  # fmt: skip
@@ -81,6 +114,7 @@ def run_python(code: str, *argv: str) -> subprocess.CompletedProcess[str]:
         (["schema"], ["torch", "transformers", "datasets"]),
         (["init", "recipe.yaml"], ["torch", "transformers", "datasets"]),
         (["validate", "model=tiny", "data=lesson.jsonl"], ["torch", "transformers", "datasets"]),
+        (["check-data", "--data", "lesson.jsonl"], ["torch", "transformers", "datasets"]),
     ],
     ids=lambda value: value[0],
 )
@@ -115,7 +149,7 @@ def test_the_starter_names_every_field() -> None:
         below = {key for part in inner if isinstance(part, dict | list) for key in keys(part)}
         return below | (set(schema.get("properties", ())) if isinstance(schema, dict) else set())
 
-    in_lists = {"name", "split", "domain", "proportion", "limit"}  # of a source, none by default
+    in_lists = {"split", "domain", "proportion", "limit"}  # of a source, none by default
     assert keys(Recipe.model_json_schema()) - in_lists == set(
         re.findall(r"^(?:# )? *(\w+):(?: |$)", starter(), flags=re.MULTILINE)
     )

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from holdfast import model as models
-from holdfast.objective import CHUNK_BYTES
+from holdfast.chunks import CPU_CHUNK_BYTES
 from holdfast.plan import generated, memory, plan, skeleton
 from holdfast.recipe import Recipe, load_recipe
 
@@ -71,7 +71,7 @@ def test_steps_and_tokens_are_those_of_the_run(here: Path, recipe: Asked) -> Non
         assert planned[name].tokens == budget[name]["tokens"]
         assert planned[name].rows == budget[name]["rows"]
     unwritten = planned["self_generated"]
-    assert (unwritten.rows, unwritten.share) == (None, 0.25)
+    assert (unwritten.rows, unwritten.share) == (None, 0.5)
     assert abs(unwritten.tokens - budget["self_generated"]["tokens"]) <= 2 * 9, "to within a row"
 
 
@@ -126,8 +126,18 @@ def test_memory_adds_up(recipe: Asked) -> None:
     }
     assert found.memory["optimizer"] == 2 * size
     assert found.memory["casts"] == 0, "on a CPU nothing is cast"
-    assert found.memory["logits"] == 6 * 4 * 256 * 273 < CHUNK_BYTES
+    logits, base, gradient = 4 * 256 * 273, 4 * 256 * 273, 4 * 273 * 32
+    assert found.memory["logits"] == logits + base + gradient
+    assert logits < CPU_CHUNK_BYTES
     assert found.total_memory == sum(found.memory.values())
+
+
+def test_logits_are_one_chunk_and_another_for_a_live_base(recipe: Asked) -> None:
+    """By hand; with an adapter no gradient of the head is kept."""
+    chunk = 4 * 256 * 273
+    for words, chunks in (([], 2), (["levers.kl_anchor=none"], 1)):
+        found = plan(recipe("train.micro_batch_tokens=256", *words))
+        assert found.memory["logits"] == chunks * chunk
 
 
 def test_no_copy_where_the_adapter_is_switched_off_or_nothing_is_anchored(recipe: Asked) -> None:
@@ -135,6 +145,70 @@ def test_no_copy_where_the_adapter_is_switched_off_or_nothing_is_anchored(recipe
         found = plan(recipe(*words))
         assert found.memory["reference"] == 0
     assert plan(recipe("levers.kl_anchor.reference=frozen")).memory["reference"] > 0
+
+
+HALF = "levers.kl_anchor.self_generated.fraction=0.5"
+
+
+@pytest.mark.parametrize(
+    ("words", "source", "copied", "device", "share", "step"),
+    # by hand: of 2 passes a step under an adapter, 3 in full, one more with recomputed activations
+    [
+        ([HALF], "adapter_off", 0.0, "beside the model", 0.5, 0.25),
+        ([HALF, "levers.adapter=none"], "frozen", 1.0, "beside the model", 0.5, 0.5 / 3),
+        (["levers.kl_anchor.on=task", HALF], "adapter_off", 0.0, "beside the model", 1.0, 0.5),
+        (["levers.kl_anchor.on=both", HALF], "adapter_off", 0.0, "beside the model", 1.0, 0.5),
+        ([HALF, "train.activation_checkpointing=true"], "adapter_off", 0.0, "", 0.5, 0.5 / 3),
+        (
+            [HALF, "levers.adapter=none", "levers.kl_anchor.reference_dtype=bfloat16"],
+            *("frozen", 0.5, "beside the model", 0.5, 0.5 / 3),
+        ),
+        (
+            [HALF, "levers.adapter=none", "levers.kl_anchor.reference_device=offload"],
+            *("frozen", 1.0, "offload", 0.5, 0.5 / 3),
+        ),
+        (
+            [HALF, "levers.adapter=none", "levers.kl_anchor.reference=./tiny"],
+            *("stage", 1.0, "beside the model", 0.5, 0.5 / 3),
+        ),
+    ],
+)
+def test_the_reference_with_its_reason_and_cost(
+    words: list[str],
+    source: str,
+    copied: float,
+    device: str,
+    share: float,
+    step: float,
+    recipe: Asked,
+) -> None:
+    found = plan(recipe(*words))
+    chosen = found.reference
+    assert chosen is not None
+    weights = 4 * 36_064
+    assert (chosen.source, chosen.bytes) == (source, copied * weights)
+    assert device in chosen.device
+    assert chosen.forward_share == share
+    assert chosen.step_share == pytest.approx(step)
+    beside = chosen.device == "beside the model"
+    assert found.memory["reference"] == (chosen.bytes if beside else 0)
+    first, cost = chosen.lines()
+    assert first == f"{source}: {chosen.why}"
+    assert f"{share:.0%} of the tokens, about {step:.0%} of a step" in cost
+
+
+def test_nothing_anchored_no_reference(recipe: Asked) -> None:
+    assert plan(recipe("levers.kl_anchor=none")).reference is None
+
+
+def test_a_dry_run_prints_choice_reason_and_cost(
+    here: Path, quick: list[str], holdfast: Any
+) -> None:
+    command = ["train", "--model=tiny", "--data=lesson.jsonl", "--out=run", "--dry-run", *quick]
+    said = " ".join(holdfast(*command).out.replace("│", " ").split())
+    assert "adapter_off: an adapter is trained" in said
+    assert "no second copy; one more forward pass over 50% of the tokens" in said
+    assert not (here / "run").exists()
 
 
 def test_a_skeleton_holds_no_weights(recipe: Asked) -> None:

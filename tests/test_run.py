@@ -31,8 +31,8 @@ from holdfast.reference.frozen import Frozen
 STEPS = 6
 QUIET = Console(quiet=True)
 PROBES = [
-    {"id": "1", "probe": "sums", "kind": "nll", "prompt": "1 + 1 =", "target": " 2."},
-    {"id": "2", "probe": "sums", "kind": "nll", "prompt": "2 + 1 =", "target": " 3."},
+    {"id": "1", "probe": "sums", "kind": "nll", "prompt": "70 + 1 =", "target": " 71."},
+    {"id": "2", "probe": "sums", "kind": "nll", "prompt": "71 + 1 =", "target": " 72."},
     {"id": "1", "probe": "words", "kind": "exact", "prompt": "a", "target": "b", "stop": ["."]},
 ]
 PROSE = [{"text": f"it was day {n} and the cat sat {'on ' * (n % 3)}the mat."} for n in range(16)]
@@ -332,21 +332,38 @@ def test_a_folder_in_use_is_refused_and_left_alone(inputs: Path, whole: Path) ->
 def test_all_is_measured_before_and_after(whole: Path) -> None:
     """Canary by domain on both splits, held-out lesson rows and probes on the sealed one."""
     found = readings(whole)
-    for step in (0, STEPS):
-        at_step = {key[1:] for key in found if key[0] == step and key[3] != "train"}
-        assert at_step == {
-            ("canary", "prose", "selection"),
-            ("canary", "prose", "sealed"),
-            ("canary", "code", "selection"),
-            ("canary", "code", "sealed"),
-            ("lesson", "heldout", "sealed"),
-            ("probe", "sums", "sealed"),
-            ("probe", "words", "sealed"),
-        }
+    canary = {(domain, split) for domain in ("prose", "code") for split in ("selection", "sealed")}
+    both = {
+        *((meter, *one) for meter in ("canary", "canary_bits") for one in canary),
+        ("lesson", "heldout", "sealed"),
+        ("probe", "sums", "sealed"),
+        ("probe", "words", "sealed"),
+    }
+    of_two = {
+        *(("canary_rise", *one) for one in canary),
+        *(("kl", name, "sealed") for name in ("old/prose", "old/code", "new/heldout")),
+    }
+    for step, wanted in ((0, both), (STEPS, both | of_two)):
+        assert {key[1:] for key in found if key[0] == step and key[3] != "train"} == wanted
+    assert {"effective_rank", "stable_rank"} <= {key[1] for key in found if key[0] == STEPS}
     assert {key[0] for key in found if key[1] == "canary"} == {0, 2, 4, STEPS}
     sealed_while_training = [k for k in found if k[3] == "sealed" and 0 < k[0] < STEPS]
     assert sealed_while_training == []
     assert found[STEPS, "probe", "sums", "sealed"] != found[0, "probe", "sums", "sealed"]
+
+
+def test_probes_are_read_while_training_where_that_is_asked(inputs: Path, tmp_path: Path) -> None:
+    """The curve has the gate's items, which nothing may be chosen by: its split is `train`."""
+    train = {"steps": 4, "batch_tokens": 128, "measure_every": 2, "measure_probes": True}
+    run.train(recipe_of(inputs, tmp_path / "run", train=train))
+    found = {key for key in readings(tmp_path / "run") if key[1:3] == ("probe", "sums")}
+    assert found == {(0, "probe", "sums", "sealed"), (2, "probe", "sums", "train"),
+                     (4, "probe", "sums", "sealed")}  # fmt: skip
+    pairs = [json.loads(x) for x in (tmp_path / "run" / "items.jsonl").read_text().splitlines()]
+    words = next(pair for pair in pairs if pair["name"] == "words")
+    assert isinstance(words["answer_before"], str)
+    assert isinstance(words["answer_after"], str)
+    assert {pair["id"] for pair in pairs if pair["name"] == "sums"} == {"1", "2"}
 
 
 def prepared_for(inputs: Path, folder: Path, **fields: Any) -> Prepared:

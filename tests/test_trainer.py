@@ -6,21 +6,35 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import holdfast.trainer
+from holdfast import chunks
 from holdfast.data.example import Role
+from holdfast.data.stream import Stream
 from holdfast.errors import HoldfastError
-from holdfast.levers import Lever, Memory, ProbeContext, StepContext
+from holdfast.levers import (
+    Lever,
+    Memory,
+    ProbeContext,
+    StepContext,
+    StepState,
+    Term,
+    TokenLosses,
+    shared_sum,
+)
+from holdfast.levers.adapter import Adapter
 from holdfast.levers.budget import Budget
+from holdfast.levers.kl_anchor import KlAnchor
 from holdfast.meters import Reading
 from holdfast.trainer import last_complete_checkpoint
-from levers.tiny_run import Jolt, llama, parallel_run, tiny_run, weights
+from levers.tiny_run import Jolt, examples, llama, parallel_run, tiny_run, weights
 
 
 def documents(batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
@@ -205,6 +219,103 @@ def test_the_weights_of_a_term_are_its_tokens_not_its_rows(tmp_path: Path) -> No
         count += sum(learned)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+class Weighs(Lever):
+    """Weighs each token of the lesson by a function of its own loss."""
+
+    by: Callable[[torch.Tensor], torch.Tensor]
+
+    def token_weights(
+        self, out: TokenLosses, state: StepState, memory: Memory
+    ) -> torch.Tensor | None:
+        return self.by(out.nll.detach())
+
+
+class Penalty(Lever):
+    """Looks at no token loss."""
+
+    reads_losses: ClassVar = False
+
+    def terms(self, out: TokenLosses, state: StepState, memory: Memory) -> dict[str, Term]:
+        memory["asked"] = memory.get("asked", 0) + 1
+        return {}
+
+
+class Twice(Lever):
+    """Old text beside the lesson, twice as much."""
+
+    def terms(self, out: TokenLosses, state: StepState, memory: Memory) -> dict[str, Term]:
+        total = shared_sum(out.nll, out.nll_roles == Role.REPLAY)
+        return {"twice": Term(total, state.totals[Role.REPLAY], 2.0)}
+
+
+@contextmanager
+def formed_gradients() -> Iterator[list[Any]]:
+    """Notes each time that a pass forms the gradient of a weighted sum, and the weights."""
+    seen: list[Any] = []
+    form = chunks.Pass.values_and_sum_grad
+
+    def noted(self: Any, hidden: torch.Tensor, up: Any, needed: Any) -> Any:
+        seen.append(up)
+        return form(self, hidden, up, needed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks.Pass, "values_and_sum_grad", noted)
+        yield seen
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_gradient_is_formed_once_with_the_losses(tmp_path: Path, adapter: bool) -> None:
+    """Lesson, replay and anchor, dealt into micro-batches; what they weigh is known in forward."""
+    replay = Stream.of("old", Role.REPLAY, 0.2, examples(6, seed=9))
+    few = {"rows": 8, "max_new_tokens": 12}
+    anchor = KlAnchor(weight=3.0, on="both", task_weight=0.5, self_generated=few)
+    levers = [
+        Adapter(method="lora" if adapter else "none", r=2),
+        anchor,
+        Twice(),
+        Penalty(),
+    ]
+    trainer = tiny_run(levers, tmp_path, streams=[replay], micro_batches=2)
+    with formed_gradients() as seen:
+        trainer.train()
+    assert len(seen) == 3 * 2
+    assert trainer.lever_memory["test_trainer"]["asked"] == 3 * 2, "once a pass"
+    weights = [torch.cat(up) for up in seen]
+    assert all(weight_P.max() == 1 for weight_P in weights)
+    assert max(len(weight_P.unique()) for weight_P in weights) == 4, "of three roles, one with both"
+
+
+@pytest.mark.parametrize(
+    ("by", "formed"),
+    [
+        (lambda nll: (-nll).exp(), 0),  # nothing is expected: the gradient waits for backward
+        (lambda nll: 1 + nll * (1 - nll), 1),  # looks constant where it is asked; is found out
+    ],
+)
+def test_weights_that_hang_on_the_losses_are_those_of_the_losses(
+    tmp_path: Path, by: Callable[[torch.Tensor], torch.Tensor], formed: int
+) -> None:
+    """The gradient of every weight, against torch's own loss over whole logits."""
+    trainer = tiny_run([Weighs(by=by)], tmp_path, steps=1)
+    model, batch = trainer.model, trainer.train_dataset[0]
+    task = batch["roles"] == Role.TASK
+    totals = torch.bincount(batch["roles"].flatten(), minlength=len(Role))
+    with formed_gradients() as seen:
+        loss = trainer.compute_loss(model, {**batch, "totals": totals})
+        assert len(seen) == formed
+        loss.backward()
+        assert len(seen) == formed + 1
+    plain = llama()
+    logits = plain(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    nll = torch.nn.functional.cross_entropy(logits[task], batch["targets"][task], reduction="none")
+    expected = (by(nll.detach()) * nll).sum() / task.sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in plain.named_parameters():
+        found = model.get_parameter(name).grad
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:

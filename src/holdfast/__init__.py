@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from holdfast.errors import RequestError as RequestError
     from holdfast.gate.verdict import Gate as Gate
     from holdfast.gate.verdict import decide as decide
+    from holdfast.guard import Guard as Guard
     from holdfast.levers import Lever as Lever
     from holdfast.levers import Term as Term
     from holdfast.meters import Reading as Reading
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Gate": "gate.verdict",
+    "Guard": "guard",
     "HoldfastError": "errors",
     "HoldfastTrainer": "trainer",
     "Lever": "levers",

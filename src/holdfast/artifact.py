@@ -1,9 +1,12 @@
 """The run folder: what is in it, and how it is written so that nothing is ever half there.
 
 recipe.yaml      as resolved, with hashes of model, tokenizer, template and data
+mixer.yaml       where one is replayed: the frozen mix; a copy lies beside the artifact
 data/            tokenized rows and generated text
 readings.jsonl   one line a reading: step, meter, name, split, value, stderr, n
+items.jsonl      one line an item: its value before and after, and what was answered
 checkpoints/     adapters or weights, with optimizer state for resume
+base/            where an adapter was trained on a stage merged in memory: what it fits
 adapter/|model/  the artifact: plain PEFT or safetensors
 verdict.json     the gate's result
 report.html      one self-contained page
@@ -120,13 +123,42 @@ class RunFolder:
         except BaseException as error:
             if self.recipe.is_file() and not isinstance(error, RequestError):
                 raise
-            for part in (self.data, self.checkpoints):
+            for part in (self.data, self.checkpoints, self.path / "base"):
                 shutil.rmtree(part, ignore_errors=True)
             for file in (self.recipe, self.readings):
                 file.unlink(missing_ok=True)
             with suppress(OSError):  # something else lies in it
                 self.path.rmdir()
             raise
+
+    def write_items(self, before: Iterable[Reading], after: Iterable[Reading]) -> None:
+        """Write `items.jsonl`: each item of each reading, before and after, side by side."""
+        first = {(r.meter, r.name, r.split): r for r in before}
+        pairs = [(first[key], r) for r in after if (key := (r.meter, r.name, r.split)) in first]
+        lines = [
+            {
+                "meter": x.meter,
+                "name": x.name,
+                "split": x.split,
+                "id": item,
+                "cluster": x.clusters.get(item, item),
+                "unit": x.unit,
+                "before": x.items[item],
+                "after": y.items[item],
+                **({"answer_before": x.answers.get(item)} if x.answers else {}),
+                **({"answer_after": y.answers.get(item)} if y.answers else {}),
+            }
+            for x, y in pairs
+            for item in x.items
+            if item in y.items
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(self.path / "items.jsonl", text)
+
+    def write_verdict(self, summary: dict[str, Any], verdict: dict[str, Any]) -> None:
+        """Write `verdict.json`; an empty verdict where no gate ran."""
+        text = json.dumps({"summary": summary, **verdict}, indent=2)
+        write_text(self.path / "verdict.json", text + "\n")
 
     def save_before(self, readings: Sequence[Reading]) -> None:
         """Keep the base's readings with their single items, so that resuming reads them again."""

@@ -16,22 +16,20 @@ if TYPE_CHECKING:
     from holdfast.run import RunResult
 
 LENGTH = ["data.max_length=256"]
-MARGINS = {"accuracy": "8pt", "rare": "8pt", "canary": "3%"}
-"""What the lab accepts: wider than the gate's defaults, and set after the demo's results had been
-seen (docs/log.md)."""
-_SHARED = [
+MARGINS = {"accuracy": "5pt", "rare": "8pt", "canary": "2%"}
+"""What the lab accepts, fixed before the seeds that docs/log.md reports were run: probes of 100 to
+400 items cannot decide on the gate's default of 2 points."""
+NAIVE = [
     *LENGTH,
     "levers.adapter=none",
-    "levers.budget.learning_rate=0.001",
-    "train.batch_tokens=1536",
-    "train.steps=200",
+    "levers.kl_anchor=none",
+    "levers.budget.spike=0",
+    "train.batch_tokens=256",
 ]
-NAIVE = [*_SHARED, "levers.kl_anchor=none", "levers.budget.spike=0"]
-"""Plain full fine-tuning: no lever but the learning rate and clipping every trainer has."""
-HOLDFAST = [*_SHARED, "levers.kl_anchor.self_generated.fraction=0.5"]
-"""The same with the anchor. Full fine-tuning, because the lesson's words are made of pieces the
-3M-parameter base never wrote, and an adapter leaves its embedding as it is: `benchmarks/lab.py`
-shows both."""
+"""Plain full fine-tuning: as many passes over the lesson, as many of its tokens in a step, the same
+learning rate, schedule and clipping."""
+HOLDFAST = [*LENGTH]
+"""What two arguments give: on so small a model, full fine-tuning with the anchor."""
 
 
 def lab_recipe(
@@ -56,8 +54,11 @@ def lab_recipe(
     )
 
 
-def demo(out: Path, console: Console) -> int:
+def demo(out: Path, console: Console, *, seed: int = 0) -> int:
     """Teach the lab's lesson twice and print one table; returns the exit code of holdfast's gate.
+
+    Args:
+        seed: of lesson, probes, canary and training.
 
     Raises RequestError when `out` is in use.
     """
@@ -65,7 +66,7 @@ def demo(out: Path, console: Console) -> int:
     from holdfast.run import train
 
     RunFolder.create(out)
-    files = write_files(out / "data")
+    files = write_files(out / "data", seed=seed)
     console.print(
         "Fine-tuning teaches a model something new and quietly takes away what it knew. Here a "
         "3M-parameter model that can add, knows capitals, writes small functions and speaks some "
@@ -74,7 +75,7 @@ def demo(out: Path, console: Console) -> int:
     results: dict[str, RunResult] = {}
     for name, words in (("naive", NAIVE), ("holdfast", HOLDFAST)):
         console.print(f"training {name} ...")
-        results[name] = train(lab_recipe(files, out / name, words), console=console)
+        results[name] = train(lab_recipe(files, out / name, words, seed=seed), console=console)
         console.print(f"  {results[name].seconds:.0f} s")
     console.print(comparison(results))
     for name, result in results.items():

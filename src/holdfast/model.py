@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from holdfast.errors import RequestError
+from holdfast.lineage import expanded, locate, looks_local, tokenizer_in
 from holdfast.section import Section
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Model(Section):
     """Which model to start from."""
 
     path: str
-    """A local folder in transformers format, or a hub id."""
+    """A local folder in transformers format, a hub id, or an earlier stage: the folder of a run or
+    of an adapter, which is merged into its base in memory."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -42,10 +43,6 @@ class Model(Section):
     """Run Python code that comes with the model. Off unless asked for by name."""
 
 
-PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-
-
 def check_folder(settings: Model) -> None:
     """Check without torch what can be: a local folder must hold config, safetensors, tokenizer.
 
@@ -54,71 +51,25 @@ def check_folder(settings: Model) -> None:
     Raises:
         RequestError: every problem, one line each.
     """
-    problems = [*_path_problems(settings), *_tokenizer_problems(settings)]
+    problems: list[str] = []
+    try:
+        stage = locate(settings.path, settings.revision)
+    except RequestError as error:
+        problems += error.problems
+    else:
+        if settings.tokenizer is None and stage.tokenizer is None:
+            problems.append(
+                f"model.path: '{settings.path}' has no tokenizer; set model.tokenizer to the "
+                "folder or hub id of the one it was trained with"
+            )
+    problems += _tokenizer_problems(settings)
     if problems:
         raise RequestError(*problems)
 
 
-def _path_problems(settings: Model) -> Iterator[str]:
-    folder = Path(settings.path).expanduser()
-    named = f"model.path: '{settings.path}'"
-    if not folder.exists():
-        if _looks_local(settings.path):
-            siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            close = get_close_matches(folder.name, siblings, n=1)
-            hint = f"did you mean '{folder.parent / close[0]}'?" if close else "give a folder"
-            yield (
-                f"{named} does not exist; {hint} in transformers format (config.json, "
-                "*.safetensors, tokenizer files) or a hub id such as Qwen/Qwen3-0.6B"
-            )
-    elif not folder.is_dir():
-        yield f"{named} is a file; give the folder that holds config.json"
-    elif (folder / "config.json").is_file():
-        yield from _config_problems(folder / "config.json")
-        yield from _weight_problems(folder, named)
-        if settings.tokenizer is None and not any((folder / name).is_file() for name in TOKENIZERS):
-            yield (
-                f"{named} has no tokenizer; set model.tokenizer to the folder or hub id of the one "
-                "it was trained with"
-            )
-    elif (folder / "adapter_config.json").is_file():
-        yield (
-            f"{named} is an adapter; merge it into its base first (peft: merge_and_unload, "
-            "save_pretrained) and give that folder"
-        )
-    else:
-        yield f"{named} has no config.json; give a folder written by save_pretrained"
-
-
-def _config_problems(file: Path) -> Iterator[str]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        yield f"{file}: not JSON ({error}); give a folder written by save_pretrained"
-        return
-    if not isinstance(config, dict) or "model_type" not in config:
-        yield (
-            f"{file}: field model_type is missing; give a folder written by save_pretrained, such "
-            "as one with model_type llama"
-        )
-
-
-def _weight_problems(folder: Path, named: str) -> Iterator[str]:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
-    if pickles:
-        yield (
-            f"model.path: '{folder / pickles[0]}' is a pickle and is never loaded; convert it with "
-            "save_pretrained(..., safe_serialization=True) and give that folder"
-        )
-    else:
-        yield f"{named} has no *.safetensors weights; give a folder written by save_pretrained"
-
-
 def _tokenizer_problems(settings: Model) -> Iterator[str]:
     where, template = settings.tokenizer, settings.chat_template
-    if where is not None and _looks_local(where) and not Path(where).expanduser().is_dir():
+    if where is not None and looks_local(where) and not Path(where).expanduser().is_dir():
         yield (
             f"model.tokenizer: folder '{where}' does not exist; give the folder or hub id of the "
             "tokenizer that the model was trained with"
@@ -130,24 +81,21 @@ def _tokenizer_problems(settings: Model) -> Iterator[str]:
         )
 
 
-def _expanded(path: str) -> str:
-    """A folder below ~ in full; a hub id as it is."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
-
-
-def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") != 1
-
-
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     """Load the tokenizer; a missing pad token becomes EOS (padding is masked everywhere)."""
     from transformers import AutoTokenizer
 
-    where = _expanded(settings.tokenizer or settings.path)
+    where = settings.tokenizer or tokenizer_in(Path(settings.path).expanduser())
+    revision = None
+    if where is None:
+        stage = locate(settings.path, settings.revision)
+        where = stage.tokenizer or settings.path
+        revision = stage.revision if where == stage.model else None
+    where = expanded(where)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             where,
-            revision=settings.revision if settings.tokenizer is None else None,
+            revision=revision,
             trust_remote_code=settings.trust_remote_code,
         )
     except Exception as error:
@@ -170,11 +118,18 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    settings: Model, *, adapter: bool, tokenizer: PreTrainedTokenizerBase
+    settings: Model,
+    *,
+    adapter: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    four_bit_on: str | None = None,
 ) -> PreTrainedModel:
     """Load the causal LM for training, dropout off, and check that the tokenizer fits it.
 
     Dropout is off because its noise would read as divergence from the base at zero drift.
+
+    Args:
+        four_bit_on: the device on which the matrices of its layers are held in NF4, if at all.
 
     Raises:
         RequestError: not loadable, not safetensors, or the tokenizer has ids beyond the embedding.
@@ -184,15 +139,23 @@ def load_model(
 
     transformers_logging.disable_progress_bar()
     check_folder(settings)
-    extra = (
+    stage = locate(settings.path, settings.revision)
+    extra: dict[str, Any] = (
         {"attn_implementation": settings.attn_implementation}
         if settings.attn_implementation
         else {}
     )
+    if four_bit_on is not None:
+        if stage.adapters:
+            raise RequestError(
+                f"model.path: '{settings.path}' is an adapter, and cannot be merged into a base in "
+                "4 bits exactly; give a merged model, or set levers.adapter.method to lora"
+            )
+        extra |= _four_bit(dtype_of(settings, adapter=adapter), four_bit_on)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            _expanded(settings.path),
-            revision=settings.revision,
+            stage.model,
+            revision=stage.revision,
             dtype=dtype_of(settings, adapter=adapter),
             use_safetensors=True,
             trust_remote_code=settings.trust_remote_code,
@@ -203,7 +166,19 @@ def load_model(
             f"model.path: '{settings.path}' cannot be loaded: {_first_line(error)}; give a causal "
             "language model that transformers knows, whole and in safetensors"
         ) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise RequestError(
+            f"model.path: '{settings.path}' is an adapter on the hub; download it and give the "
+            "folder, so that it is merged into its base"
+        )
     silence(model)
+    for module in model.modules():
+        # bitsandbytes would repack weights at the first reading on a CPU, for a product without a
+        # gradient: training would go on without one
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+    for folder in stage.adapters:
+        model = _merged(model, folder, settings.path)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise RequestError(
@@ -212,6 +187,70 @@ def load_model(
         )
     check_head(model)
     return model
+
+
+def _four_bit(compute: torch.dtype, device: str) -> dict[str, Any]:
+    """NF4 with quantized scales, as QLoRA has it (arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "device_map": {"": device},
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        ),
+    }
+
+
+def _merged(model: PreTrainedModel, adapter: Path, named: str) -> PreTrainedModel:
+    """The model with an adapter's change added to its weights; only safetensors are read.
+
+    Raises:
+        RequestError: the adapter was made for another base, or cannot be merged exactly (as on a
+            head whose weights are also the embedding's).
+    """
+    import torch
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    ids = torch.arange(8).remainder(model.config.get_text_config().vocab_size)[None]
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of peft's: what they tell of is checked below
+            weights = load_file(adapter / "adapter_model.safetensors")
+            if broken := [name for name, t in weights.items() if not t.isfinite().all()]:
+                raise RequestError(
+                    f"model.path: '{named}': adapter '{adapter}' holds values that are not finite "
+                    f"({broken[0]}); give one of an earlier checkpoint"
+                )
+            config = PeftConfig.from_pretrained(str(adapter))
+            config.inference_mode = True
+            tuned = PeftModel(model, config).eval()
+            expected = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+            lacking = sorted(expected.keys() - weights.keys())
+            strange = set_peft_model_state_dict(tuned, weights).unexpected_keys
+            if lacking or strange:
+                name = [*lacking, *strange][0]
+                raise ValueError(f"{name} is {'missing in' if lacking else 'not for'} it")
+            before = tuned(input_ids=ids, use_cache=False).logits.float()
+            merged: PreTrainedModel = tuned.merge_and_unload(safe_merge=True)
+            after = merged(input_ids=ids, use_cache=False).logits.float()
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(
+            f"model.path: '{named}': adapter '{adapter}' does not fit its base "
+            f"'{model.name_or_path}': {_first_line(error)}; give the base that it was trained on, "
+            "as base_model_name_or_path in adapter_config.json"
+        ) from error
+    if not torch.allclose(before, after, rtol=1e-2, atol=1e-2 * float(before.abs().max())):
+        raise RequestError(
+            f"model.path: '{named}': adapter '{adapter}' cannot be merged into its base without "
+            "changing what the model computes (are tied weights adapted?); give a merged model"
+        )
+    return merged.requires_grad_(True).train(model.training)
 
 
 NOISE = re.compile(r"drop|jitter")
@@ -283,16 +322,21 @@ def head(model: Any) -> Head:
     )
 
 
-def hidden_states(model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def hidden_states(
+    model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, **more: Any
+) -> torch.Tensor:
     """Last hidden states (B, W, H), after the final norm, without computing the logits.
+
+    `more` goes to the model as it is, such as a cache and the mask that goes with it.
 
     The call goes through the outermost wrapper, so that DDP and FSDP see it; the backbone's output
     is caught on its way to the head, which is asked for one position only.
     """
     lm = causal_lm(model)
     keep = {"logits_to_keep": 1} if _takes_logits_to_keep(type(lm)) else {}
+    settings = {"use_cache": False} | keep | more
     with _caught(lm.get_decoder()) as caught:
-        model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **keep)
+        model(input_ids=input_ids, position_ids=position_ids, **settings)
     last: torch.Tensor = caught[0]
     return last
 
@@ -334,6 +378,11 @@ def check_head(model: PreTrainedModel) -> None:
         ) from error
     finally:
         model.train(was_training)
+    if not theirs.isfinite().all():
+        raise RequestError(
+            f"model.path: '{model.name_or_path}': its logits are not finite; give weights without "
+            "NaN, or, where they overflow in half precision, model.dtype: float32"
+        )
     if ours.shape != theirs.shape or not torch.allclose(
         ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())
     ):
@@ -341,63 +390,6 @@ def check_head(model: PreTrainedModel) -> None:
             f"model.path: the output head of {type(model).__name__} is not a linear layer with "
             "known scaling; holdfast would train a wrong loss, so give another model"
         )
-
-
-def write_on(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float | None = None,
-    stop: Sequence[str] = (),
-) -> list[list[int]]:
-    """What the model writes after each prompt, up to and with its end token, as one batch.
-
-    The model's own generation settings (top_p, a repetition penalty, ...) would bend its
-    distribution, so only their end tokens count.
-
-    Args:
-        temperature: 1 samples the model's own distribution; None takes the likeliest token.
-        stop: strings after which to stop.
-    """
-    import torch
-    from transformers import GenerationConfig
-
-    lm = causal_lm(model)
-    theirs, training = lm.generation_config, lm.training
-    ends = theirs.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    # what a config given to generate() leaves out is filled in from the model's own
-    lm.generation_config = GenerationConfig()
-    sampled = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    lm.eval()
-    try:
-        with torch.inference_mode():
-            out = lm.generate(
-                input_ids=ids.to(lm.device),
-                attention_mask=mask.to(lm.device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens,
-                    **sampled,
-                    eos_token_id=sorted(ends) or None,
-                    pad_token_id=tokenizer.pad_token_id,
-                    stop_strings=list(stop) or None,
-                ),
-                tokenizer=tokenizer if stop else None,
-            )
-    finally:
-        lm.generation_config = theirs
-        lm.train(training)
-    rows = out[:, width:].tolist()
-    lengths = [next((i for i, t in enumerate(r, 1) if t in ends), len(r)) for r in rows]
-    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 def hash_weights(model: PreTrainedModel) -> str:
@@ -412,5 +404,7 @@ def hash_weights(model: PreTrainedModel) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line that says something: not one that only announces the next."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    telling = [line for line in lines if not line.endswith(":")]
+    return next(iter([*telling, *lines]), type(error).__name__)

@@ -1,147 +1,183 @@
-"""From hidden states to per-token losses, chunk by chunk, never holding the full logits.
+"""From hidden states to per-token losses in one pass, never holding the full logits.
 
-Shape suffixes: N tokens, C tokens of one chunk, H hidden size, V vocabulary.
+Shape suffixes: N positions of a micro-batch, P of them that need a loss, C of one chunk (b of a
+block of it), M that need the divergence, H hidden size, V vocabulary, E entries that a sparse base
+lists.
 
 For one position with hidden state h, logits l = head(h), q = softmax(l) and the base's p:
 
-    nll = -log q[target]                              d nll / d l = q - onehot(target)
-    kl  = sum_v p_v (log p_v - log q_v) - p_v + q_v   d kl  / d l = q - p
+    nll = -log q[target]          d nll / d l = q - onehot(target)
+    kl  = D(p, q)                 d kl  / d l: see `divergence.py` and `sparse.py`
 
-kl is the forward KL(base || tuned). p and q both sum to 1, so its last two parts add nothing; with
-them each term of the sum is at least 0, and value and gradient are exactly 0 at zero drift.
+A chunk's logits are computed once and live while the chunk is worked on; so are the gradients,
+wherever forward knows enough to form them:
 
-Both depend on their own h alone, so where the head is frozen (adapters) the gradient with respect
-to h is formed in the same pass and kept as one (N, H) tensor: each chunk's logits live only while
-the chunk is worked on, and backward is one elementwise product. Where the head is trained, the
-chunk is recomputed in backward (`torch.utils.checkpoint`).
+- It is told what each loss will weigh, up to a common factor (`nll_weight`, `kl_weight`). The
+  gradient of the weighted sum is formed, with respect to the hidden states and, where it is
+  trained, the head: one product for each, whichever losses a position has. Backward multiplies by
+  the factor. Where the weights turn out to be others, or in a second backward pass, it forms the
+  gradient anew from logits computed again.
+- It is told nothing and the head is frozen. Each loss depends on its own h alone, so an (H,) vector
+  is kept for each loss that a position has, and backward is one elementwise product.
+- It is told nothing and the head is trained. Backward computes the logits again.
+
+In the second case a sparse base shares one product between the losses: with u = sum_j q~_j W_j
+over the tail, and g as in `sparse.py`,
+
+    d nll / d h = q_T u + sum_i (q_i - [i = target]) W_i
+    d kl  / d h = g_T u + sum_i g_i W_i
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 256 * 2**20
-"""Upper size of one chunk's fp32 logits."""
+from holdfast.chunks import Base as Base
+from holdfast.chunks import DenseBase as DenseBase
+from holdfast.chunks import Pass, Upstream
+from holdfast.chunks import TopEntropy as TopEntropy
+from holdfast.divergence import Divergence
+from holdfast.head import Head as Head
+from holdfast.head import wide
+from holdfast.sparse import SparseBase as SparseBase
 
 
-@dataclass(frozen=True)
-class Head:
-    """The output head as a function: l = cap * tanh(scale * (h W^T + b) / cap).
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def token_losses(
+    hidden_NH: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    *,
+    nll_N: Tensor,
+    kl_N: Tensor,
+    base: Base | None,
+    divergence: Divergence,
+    nll_weight: Tensor | None = None,
+    kl_weight: Tensor | None = None,
+    entropy: TopEntropy | None = None,
+) -> tuple[Tensor, Tensor]:
+    """NLL at the positions nll_N and divergence from the base at kl_N, in nats.
 
-    `scale` and `cap` are the ecosystem's logit multiplier (Cohere, Granite) and final logit
-    soft-capping (Gemma 2); 1 and None for most models.
+    Both are differentiable in `hidden_NH` and, where it is trained, the head; never in the base.
+    The two masks may overlap; a position in neither costs nothing.
+
+    Args:
+        hidden_NH: last hidden states.
+        head: the model's output head.
+        targets_N: the token that follows each position.
+        nll_N: mask of the positions that need the NLL.
+        kl_N: mask of those that need the divergence.
+        base: what the base says at kl_N.
+        divergence: how the two are compared.
+        nll_weight: (nll_N.sum(),) what is expected to be d loss / d nll, but for a factor that it
+            shares with `kl_weight`. Saves products; whether it comes true changes no result.
+        kl_weight: (kl_N.sum(),) the same for the divergence; both or none.
+        entropy: is given its answer, from the same logits.
+
+    Returns:
+        (nll_N.sum(),) and (kl_N.sum(),) in the order of the positions; fp32 (float64 where the head
+        is).
+
+    Raises:
+        ValueError: there are KL positions but no base, a sparse base does not list a target, or
+            there is not one weight for each loss.
     """
-
-    weight_VH: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, hidden_CH: Tensor) -> Tensor:
-        """Logits (C, V) in fp32."""
-        logits_CV = torch.nn.functional.linear(hidden_CH, self.weight_VH, self.bias_V).float()
-        if self.scale != 1.0:
-            logits_CV = logits_CV * self.scale
-        if self.cap is not None:
-            logits_CV = self.cap * torch.tanh(logits_CV / self.cap)
-        return logits_CV
-
-    def pullback(self, grad_CV: Tensor, logits_CV: Tensor) -> Tensor:
-        """(d l / d h)^T grad, shape (C, H): the chain rule through cap, scale and W."""
-        if self.cap is not None:
-            grad_CV = grad_CV * (1 - (logits_CV / self.cap) ** 2)
-        return (grad_CV.to(self.weight_VH.dtype) @ self.weight_VH) * self.scale
-
-    @property
-    def trained(self) -> bool:
-        """Whether the head's own weights take a gradient."""
-        return self.weight_VH.requires_grad or (
-            self.bias_V is not None and self.bias_V.requires_grad
+    order_P = torch.cat(
+        [mask_N.nonzero().squeeze(1) for mask_N in (nll_N & ~kl_N, nll_N & kl_N, kl_N & ~nll_N)]
+    )
+    nlls, kls, device = int(nll_N.sum()), int(kl_N.sum()), hidden_NH.device.type
+    if kls and base is None:
+        raise ValueError("kl_N asks for the divergence at some positions, but base is None")
+    if isinstance(base, DenseBase):
+        base = replace(base, head=base.head.detach().local(device))
+    head = head.local(device)
+    nll_order, kl_order = order_P[:nlls], order_P[len(order_P) - kls :]
+    nll_rows, kl_rows = (nll_N.cumsum(0) - 1)[nll_order], (kl_N.cumsum(0) - 1)[kl_order]
+    needs_grad = torch.is_grad_enabled() and (hidden_NH.requires_grad or head.trained)
+    upstream = None
+    if nll_weight is not None or kl_weight is not None:
+        given = [None if weight is None else len(weight) for weight in (nll_weight, kl_weight)]
+        if nll_weight is None or kl_weight is None or given != [nlls, kls]:
+            raise ValueError(f"{nlls} NLLs and {kls} KLs, but {given} weights: give one for each")
+        upstream = Upstream(nll_weight[nll_rows], kl_weight[kl_rows])
+    if entropy is not None:
+        entropy.nll_N = head.weight_VH.new_empty(nlls, dtype=wide(head.weight_VH.dtype))
+    work = Pass(
+        head=head.detach(),
+        targets_P=targets_N[order_P],
+        nlls=nlls,
+        kls=kls,
+        base=base,
+        base_rows=kl_rows,
+        divergence=divergence,
+        expected=upstream.normalised(wide(head.weight_VH.dtype))
+        if upstream is not None and needs_grad
+        else None,
+        apart=needs_grad and upstream is None and not head.trained,
+        entropy=entropy,
+    )
+    with torch.autocast(device, enabled=False):
+        nll_P, kl_P = _Losses.apply(  # type: ignore[no-untyped-call]
+            hidden_NH[order_P], head.weight_VH, head.bias_V, work
         )
+    if entropy is not None and entropy.nll_N is not None:
+        entropy.nll_N = entropy.nll_N[nll_order.argsort()]
+    return nll_P[nll_order.argsort()], kl_P[kl_order.argsort()]
 
 
 def token_nll(hidden_NH: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-    """Negative log-likelihood of each target token, in nats: (N,) fp32, differentiable."""
-
-    def value(hidden_CH: Tensor, rows: slice) -> Tensor:
-        return torch.nn.functional.cross_entropy(head(hidden_CH), targets_N[rows], reduction="none")
-
-    def value_and_grad(hidden_CH: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        logits_CV = head(hidden_CH)
-        logq_CV = logits_CV.log_softmax(-1)
-        target_C1 = targets_N[rows].unsqueeze(1)
-        nll_C = -logq_CV.gather(1, target_C1).squeeze(1)
-        grad_CV = logq_CV.exp_()
-        grad_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, -1, dtype=grad_CV.dtype))
-        return nll_C, head.pullback(grad_CV, logits_CV)
-
-    return _per_token(hidden_NH, head, value, value_and_grad)
+    """Negative log-likelihood of each target token, in nats: (N,) fp32."""
+    every = torch.ones_like(targets_N, dtype=torch.bool)
+    nll_N: Tensor = token_losses(
+        hidden_NH, head, targets_N, nll_N=every, kl_N=~every, base=None, divergence=Divergence()
+    )[0]
+    return nll_N
 
 
-def token_kl(hidden_NH: Tensor, head: Head, base_hidden_NH: Tensor, base_head: Head) -> Tensor:
-    """KL(base || tuned) over the full vocabulary at each position, in nats: (N,) fp32.
-
-    Differentiable in `hidden_NH` (and the head); never in the base's side.
-    """
-
-    def base_logp(rows: slice) -> Tensor:
-        with torch.no_grad():
-            return base_head(base_hidden_NH[rows]).log_softmax(-1)
-
-    def value(hidden_CH: Tensor, rows: slice) -> Tensor:
-        logp_CV, logq_CV = base_logp(rows), head(hidden_CH).log_softmax(-1)
-        p_CV = logp_CV.exp()
-        return (p_CV * (logp_CV - logq_CV) + (logq_CV.exp() - p_CV)).sum(-1)
-
-    def value_and_grad(hidden_CH: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        logits_CV = head(hidden_CH)
-        logp_CV, logq_CV = base_logp(rows), logits_CV.log_softmax(-1)
-        p_CV = logp_CV.exp()
-        grad_CV = logq_CV.exp() - p_CV
-        kl_C = logp_CV.sub_(logq_CV).mul_(p_CV).add_(grad_CV).sum(-1)
-        return kl_C, head.pullback(grad_CV, logits_CV)
-
-    return _per_token(hidden_NH, head, value, value_and_grad)
-
-
-ValueFn = Callable[[Tensor, slice], Tensor]
-ValueAndGradFn = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-
-
-def _per_token(hidden_NH: Tensor, head: Head, value: ValueFn, both: ValueAndGradFn) -> Tensor:
-    chunk = max(1, CHUNK_BYTES // (4 * head.weight_VH.shape[0]))
-    chunks = [slice(i, i + chunk) for i in range(0, hidden_NH.shape[0], chunk)]
-    if not chunks:
-        return hidden_NH.float().sum(-1)  # (0,), still attached to the graph
-    if not torch.is_grad_enabled() or not (hidden_NH.requires_grad or head.trained):
-        return torch.cat([value(hidden_NH[rows], rows) for rows in chunks])
-    if head.trained:
-        parts = [checkpoint(value, hidden_NH[rows], rows, use_reentrant=False) for rows in chunks]
-        return torch.cat(parts)
-    result: Tensor = _FrozenHead.apply(hidden_NH, both, chunks)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _FrozenHead(torch.autograd.Function):
-    """Per-token values whose gradient with respect to the hidden states is formed in forward."""
+class _Losses(torch.autograd.Function):
+    """(nll, kl) of a pass; see the top for what is kept of it for backward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, both: ValueAndGradFn, chunks: list[slice]) -> Tensor:
-        values, grad_NH = [], torch.empty_like(hidden_NH)
-        for rows in chunks:
-            value_C, grad_CH = both(hidden_NH[rows], rows)
-            grad_NH[rows] = grad_CH.to(grad_NH.dtype)
-            values.append(value_C)
-        ctx.save_for_backward(grad_NH)
-        return torch.cat(values)
+    def forward(
+        ctx: Any, hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, work: Pass
+    ) -> tuple[Tensor, Tensor]:
+        # backward, where it computes the logits again, has nothing more to tell
+        ctx.work, ctx.formed = replace(work, entropy=None), None
+        if work.apart:
+            values, *grads = work.values_and_grads(hidden_PH)
+            ctx.save_for_backward(*grads)
+            return values.nll, values.kl
+        if work.expected is None:
+            values = work.values(hidden_PH)
+        else:
+            values, ctx.formed = work.values_and_sum_grad(
+                hidden_PH, work.expected, ctx.needs_input_grad
+            )
+        ctx.save_for_backward(hidden_PH, weight_VH, bias_V)
+        return values.nll, values.kl
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (grad_NH,) = ctx.saved_tensors
-        return grad_NH * upstream[0].unsqueeze(1).to(grad_NH.dtype), None, None
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        work, up = ctx.work, Upstream(*upstream)
+        if work.apart:
+            nll_grad, kl_grad = ctx.saved_tensors
+            grad_PH = nll_grad.new_zeros((len(work.targets_P), nll_grad.shape[1]))
+            grad_PH[: work.nlls] = nll_grad * up.nll.unsqueeze(1)
+            grad_PH[len(grad_PH) - work.kls :] += kl_grad * up.kl.unsqueeze(1)
+            return grad_PH, None, None, None
+        hidden_PH, *_ = ctx.saved_tensors
+        # taken, not copied: it may become .grad itself
+        grads, ctx.formed = ctx.formed, None
+        factor = None if grads is None else work.expected.factor_to(up)
+        if factor is None:
+            grads = None  # its memory is free for what takes its place
+            _, grads = work.values_and_sum_grad(hidden_PH, up, ctx.needs_input_grad)
+        else:
+            grads = [None if grad is None else grad.mul_(factor) for grad in grads]
+        return *grads, None

@@ -6,11 +6,12 @@ W = the longest row:
 
     weights      P p
     casts        2 P            where fp32 weights compute in bfloat16: what autocast keeps of them
-    reference    P p            where the base is a second copy, not the adapter switched off
+    reference    P r            where the base is a second copy beside the model, r bytes each
     gradients    T t
     optimizer    2 T t          AdamW: two moments, held as the weights are
     activations  N L (8 H + a (4 Q + 3 I + W)) + N X + N (4 + 2 a) H
-    logits       3 C, with a KL term 6 C: fp32 chunks alive at once; C = min(CHUNK_BYTES, 4 N V)
+    logits       C, with a live base 2 C: fp32 chunks alive at once; C = min(chunk_bytes, 4 N V).
+                 Where the head is trained 4 V H more: a micro-batch's gradient of it
 
 Weights, gradients and moments are counted as by Rajbhandari et al. 2020 (ZeRO, section 3.1).
 Activations are what autograd keeps of a llama-like layer, counted as by Korthikanti et al. 2022
@@ -25,8 +26,10 @@ layer, and one layer whole.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,19 +37,25 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from holdfast import model as models
+from holdfast.chunks import chunk_bytes
 from holdfast.data.example import Example, Role
 from holdfast.data.stream import Stream
 from holdfast.errors import RequestError
-from holdfast.levers import Setup
+from holdfast.levers import Setup, wrapped
 from holdfast.levers.kl_anchor import KlAnchor
-from holdfast.objective import CHUNK_BYTES
+from holdfast.lineage import locate
 from holdfast.prepare import Prepared, load, prepare
 from holdfast.recipe import Recipe
+from holdfast.reference import frozen
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
     from transformers import PreTrainedModel
+
+
+FOUR_BIT = (4 + 0.127) / 8
+"""Bytes a weight under QLoRA, with its quantized scales (arXiv 2305.14314, section 3)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,37 @@ class StreamPlan:
     """None for text that the base has yet to write."""
     epochs: float | None
     """Times the stream is gone through."""
+
+
+@dataclass(frozen=True)
+class ReferencePlan:
+    """Where the base's probabilities come from, and what that costs."""
+
+    source: str
+    """adapter_off, frozen, cache or stage."""
+    why: str
+    bytes: int
+    """Of a second copy (a stage is taken to be of the model's size), or of a cache on disk."""
+    device: str
+    """Where a second copy lies: beside the model, or what was asked for."""
+    forward_share: float
+    """Share of the tokens that pass through the base as well; 0 with a cache."""
+    step_share: float
+    """Time of those passes beside the rest of the step, an estimate; see `_reference`."""
+
+    def lines(self) -> list[str]:
+        """What is chosen and why, and its cost."""
+        if self.source == "cache":
+            cost = f"{_size(self.bytes)} on disk, memory-mapped; no second pass"
+        else:
+            copied = f"{_size(self.bytes)} {self.device}; " if self.bytes else "no second copy; "
+            cost = (
+                f"{copied}one more forward pass over {self.forward_share:.0%} of the tokens, about "
+                f"{self.step_share:.0%} of a step"
+            )
+        if self.device == frozen.OFFLOAD:
+            cost += f", and {_size(self.bytes)} brought over in each pass"
+        return [f"{self.source}: {self.why}", cost]
 
 
 @dataclass(frozen=True)
@@ -79,6 +119,8 @@ class Plan:
     streams: tuple[StreamPlan, ...]
     memory: dict[str, int]
     """Bytes by part; see the formula above."""
+    reference: ReferencePlan | None
+    """None where nothing is anchored."""
 
     @property
     def total_memory(self) -> int:
@@ -103,6 +145,12 @@ class Plan:
         for stream in self.streams:
             table.add_row(stream.name, _stream_line(stream))
         table.add_section()
+        if self.reference is not None:
+            first, *rest = self.reference.lines()
+            table.add_row("reference", first)
+            for line in rest:
+                table.add_row("", line)
+            table.add_section()
         for part, size in self.memory.items():
             table.add_row(part, _size(size))
         table.add_row("memory", f"about {_size(self.total_memory)}", style="bold")
@@ -115,11 +163,16 @@ def plan(recipe: Recipe, console: Console | None = None) -> Plan:
     Raises:
         RequestError: the model, its tokenizer or the data cannot be used.
     """
+    recipe = settled(recipe)
     with tempfile.TemporaryDirectory() as folder:
         prepared = sketch(recipe, Path(folder), console or Console(quiet=True))
-        model = prepared.setup.model
-        for lever in recipe.levers.active():
-            model = lever.wrap(model)
+        try:
+            model = wrapped(recipe.levers.active(), prepared.setup.model)
+        except NotImplementedError as error:
+            raise RequestError(
+                f"levers.adapter.method: '{recipe.levers.adapter.method}' looks at the weights, so "
+                "its cost is not known before they are loaded; train without --dry-run"
+            ) from error
         return Plan(
             parameters=sum(p.numel() for p in model.parameters()),
             trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -129,6 +182,7 @@ def plan(recipe: Recipe, console: Console | None = None) -> Plan:
             micro_batches=prepared.mixture.micro_batches,
             streams=tuple(_streams(prepared)),
             memory=memory(recipe, model, prepared.setup.max_length),
+            reference=_reference(recipe, model, prepared),
         )
 
 
@@ -166,6 +220,19 @@ class _Blank(KlAnchor):
         return (Stream.of(BLANK, Role.ANCHOR, share, [row]),)
 
 
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with `levers.adapter.method: auto` replaced by what it means for its model."""
+    adapter = recipe.levers.adapter
+    if adapter.method.lower() != "auto":
+        return recipe
+    parameters = sys.maxsize
+    if recipe.levers.kl_anchor.reference != "adapter_off":
+        with suppress(RequestError):  # whoever loads the model says what is wrong with it
+            parameters = skeleton(recipe).num_parameters()
+    levers = recipe.levers.model_copy(update={"adapter": adapter.settled(parameters)})
+    return recipe.model_copy(update={"levers": levers})
+
+
 def skeleton(recipe: Recipe) -> PreTrainedModel:
     """The base without its weights: the shapes that its config asks for, on the meta device."""
     import torch
@@ -173,10 +240,11 @@ def skeleton(recipe: Recipe) -> PreTrainedModel:
 
     settings = recipe.model
     models.check_folder(settings)
+    stage = locate(settings.path, settings.revision)
     try:
         config = AutoConfig.from_pretrained(
-            settings.path,
-            revision=settings.revision,
+            stage.model,
+            revision=stage.revision,
             trust_remote_code=settings.trust_remote_code,
         )
         with torch.device("meta"):
@@ -197,27 +265,78 @@ def memory(recipe: Recipe, model: Any, max_length: int) -> dict[str, int]:
     """Bytes on one device, by part; `model` has its adapter, if any. See the formula above."""
     import torch
 
-    anchor = recipe.levers.kl_anchor
     held = sum(_bytes(p) for p in model.parameters())
+    if recipe.levers.adapter.four_bit:
+        inside = [m.weight for m in models.causal_lm(model).get_decoder().modules() if _frozen(m)]
+        held += sum(round(w.numel() * FOUR_BIT) - _bytes(w) for w in inside)
     trained = sum(_bytes(p) for p in model.parameters() if p.requires_grad)
-    adapter = hasattr(model, "disable_adapter")
-    copied = anchor.weight > 0 and not (
-        anchor.reference == "adapter_off" or (anchor.reference == "auto" and adapter)
-    )
-    tokens = recipe.train.micro_batch_tokens
+    tokens, anchor = recipe.train.micro_batch_tokens, recipe.levers.kl_anchor
     width = 2 if torch.cuda.is_available() else model.get_input_embeddings().weight.element_size()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    chunk = min(CHUNK_BYTES, 4 * tokens * vocabulary)
+    vocabulary, size = model.get_input_embeddings().weight.shape
+    chunk = min(
+        chunk_bytes("cuda" if torch.cuda.is_available() else "cpu"), 4 * tokens * vocabulary
+    )
+    # one buffer does for a cache, whose bucketed divergence has the softmax that the NLL needs
+    buffers = (
+        2 if anchor.weight and (anchor.cache is None or anchor.divergence.temperature != 1) else 1
+    )
+    head = model.get_output_embeddings()
+    head_gradient = 4 * vocabulary * size if head is not None and head.weight.requires_grad else 0
     return {
         "weights": held,
         "casts": sum(width * p.numel() for p in model.parameters() if p.element_size() > width),
-        "reference": held if copied else 0,
+        "reference": 0 if anchor.reference_device else _copied(recipe, model),
         "gradients": trained,
         "optimizer": 2 * trained,
         "activations": tokens
         * _activations(model, width, max_length, recipe.train.activation_checkpointing),
-        "logits": (6 if anchor.weight else 3) * chunk,
+        "logits": buffers * chunk + head_gradient,
     }
+
+
+def _frozen(module: Any) -> bool:
+    """Whether this is a matrix of the base, which 4 bits are for."""
+    import torch
+
+    return isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
+
+
+def _copied(recipe: Recipe, model: Any) -> int:
+    """Bytes of a second copy; 0 where there is none."""
+    import torch
+
+    anchor = recipe.levers.kl_anchor
+    source, _ = anchor.source(hasattr(model, "disable_adapter"))
+    if not anchor.weight or source not in ("frozen", "stage"):
+        return 0
+    home = "cuda" if torch.cuda.is_available() else "cpu"
+    return frozen.size(models.causal_lm(model), anchor.reference_dtype, home)
+
+
+def _reference(recipe: Recipe, model: Any, prepared: Prepared) -> ReferencePlan | None:
+    """The reference and its cost.
+
+    Time is counted in forward passes over the step's tokens: one, backward through the activations
+    one, through the weights another where all are trained, one more where activations are
+    recomputed. The base's pass over a share of the tokens is that share of one.
+    """
+    anchor, adapter = recipe.levers.kl_anchor, hasattr(model, "disable_adapter")
+    if not anchor.weight:
+        return None
+    source, why = anchor.source(adapter)
+    held = _copied(recipe, model)
+    share = sum(s.share for s in prepared.streams if s.role in anchor.kl_roles()) * anchor.share
+    if anchor.cache is not None:
+        from holdfast.reference.cache import Manifest
+
+        share, parts = 0.0, Manifest.read(Path(anchor.cache)).parts
+        held = sum(part["bytes"] for part in parts.values())
+    passes = (2 if adapter else 3) + recipe.train.activation_checkpointing
+    lies = anchor.reference_device
+    device = (
+        "beside the model" if lies is None else lies if lies == frozen.OFFLOAD else f"on {lies}"
+    )
+    return ReferencePlan(source, why, held, device, share, share / passes)
 
 
 def _activations(model: Any, width: int, row: int, checkpointed: bool) -> int:

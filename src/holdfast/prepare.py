@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,30 +14,31 @@ import numpy as np
 from rich.console import Console
 
 from holdfast import model as models
-from holdfast.data.chat import encode, encode_all, fingerprint
+from holdfast.data.chat import encode_all, fingerprint
+from holdfast.data.contamination import refuse_contaminated
 from holdfast.data.example import EncodeReport, Role
+from holdfast.data.mixer import mixer_of
 from holdfast.data.mixture import Mixture, steps_for_epochs
 from holdfast.data.packing import keeps_documents_apart
-from holdfast.data.rows import Row, iter_rows
-from holdfast.data.self_generated import generate
+from holdfast.data.rows import iter_rows
 from holdfast.data.stream import Stream
+from holdfast.data.texts import row_texts
 from holdfast.errors import RequestError
 from holdfast.levers import Setup
+from holdfast.lineage import locate
+from holdfast.measure import LONGEST, context_length, sampled_documents, text_documents
 from holdfast.meters.canary import Document, document
+from holdfast.meters.secret import secret_texts
 from holdfast.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LONGEST = 2048
-"""Upper bound of the automatic `data.max_length`."""
-STEPS_AIMED_AT = 200
-"""Steps that the automatic `train.batch_tokens` makes of a run."""
+STEPS_AIMED_AT = 600
+"""Steps that the automatic `train.epochs` and `train.batch_tokens` make of a run."""
+BATCH_LEAST, BATCH_MOST = 512, 16384
+EPOCHS_LEAST, EPOCHS_MOST = 3.0, 8.0
 HELDOUT_LEAST, HELDOUT_MOST = 8, 200
-CANARY_SEED_OFFSET = 1_000_003
-"""Canary text is sampled with another seed than anchor rows."""
-WINDOWS = 4
-"""Windows of `max_length` read from one canary document."""
 
 
 @dataclass
@@ -60,6 +61,17 @@ class Prepared:
         """The role of the stream of this name."""
         return next(stream.role for stream in self.streams if stream.name == name)
 
+    def rows_of(self, roles: Collection[Role]) -> Iterator[list[int]]:
+        """Token ids of every document of these roles that the whole run reads, each once."""
+        read = {
+            document
+            for step in range(self.steps)
+            for document in self.mixture.rows_at(step)
+            if self.streams[document[0]].role in roles
+        }
+        for stream, row in sorted(read):
+            yield list(self.streams[stream].fetch(row)[0])
+
 
 def load(recipe: Recipe, console: Console) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and base, on the device that trains."""
@@ -67,12 +79,15 @@ def load(recipe: Recipe, console: Console) -> tuple[PreTrainedTokenizerBase, Pre
 
     models.check_folder(recipe.model)
     tokenizer = models.load_tokenizer(recipe.model)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     with console.status("loading the base"):
         base = models.load_model(
-            recipe.model, adapter=not recipe.levers.adapter.off, tokenizer=tokenizer
+            recipe.model,
+            adapter=not recipe.levers.adapter.off,
+            tokenizer=tokenizer,
+            four_bit_on=device if recipe.levers.adapter.four_bit else None,
         )
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-        return tokenizer, base.to(device)
+        return tokenizer, base if recipe.levers.adapter.four_bit else base.to(device)
 
 
 def prepare(
@@ -89,6 +104,9 @@ def prepare(
     """
     max_length = resolve_max_length(recipe, base.config, tokenizer)
     sources = recipe.data.sources
+    practised = row_texts([*sources, *recipe.levers.replay.sources_read()])
+    with console.status("looking for the canary and the probes in the rows"):
+        refuse_contaminated(practised, secret_texts(recipe.canary, recipe.probes))
     key = fingerprint(sources, tokenizer, max_length)
     with console.status("reading the lesson"):
         rows, report = encode_all(
@@ -104,21 +122,19 @@ def prepare(
     lesson = rows.select(kept)
     setup = Setup(base, tokenizer, folder, recipe.seed, max_length)
     tokens = sum(map(len, lesson["input_ids"]))
-    batch_tokens = recipe.train.batch_tokens or auto_batch_tokens(tokens * recipe.train.epochs)
-    setup.lesson_tokens = (
-        recipe.train.steps * batch_tokens  # an upper bound: the levers' streams take their share
-        if recipe.train.steps
-        else math.ceil(tokens * recipe.train.epochs)
-    )
+    share = 1.0 - recipe.levers.other_share
+    epochs = recipe.train.epochs or auto_epochs(tokens / share)
+    batch_tokens = recipe.train.batch_tokens or auto_batch_tokens(tokens / share * epochs)
+    steps = recipe.train.steps or steps_for_epochs(tokens, share, batch_tokens, epochs)
+    setup.lesson_tokens = math.ceil(share * steps * batch_tokens)
     extra: list[Stream] = []
     for lever in recipe.levers.active():
         with console.status(f"preparing {lever.key}"):
             extra += lever.streams(setup)
-    share = 1.0 - sum(stream.share for stream in extra)
-    streams = [Stream.of("task", Role.TASK, share, lesson), *extra]
-    steps = recipe.train.steps or steps_for_epochs(
-        streams[0].tokens, share, batch_tokens, recipe.train.epochs
-    )
+    _tell_of_replay(recipe, setup, extra, console)
+    parts = [part for lever in recipe.levers.active() for part in lever.lesson(lesson, share)]
+    streams = [*(parts or [Stream.of("task", Role.TASK, share, lesson)]), *extra]
+    setup.lesson = [stream for stream in streams if stream.role is Role.TASK]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = math.ceil(batch_tokens / (recipe.train.micro_batch_tokens * world))
     mixture = Mixture(
@@ -140,11 +156,33 @@ def prepare(
         steps,
         accumulation,
         [
-            document(row["input_ids"], row["loss_mask"], "heldout")
+            document(row["input_ids"], row["loss_mask"], row["domain"] if parts else "heldout")
             for row in map(rows.__getitem__, held)
         ],
         report,
     )
+
+
+def _tell_of_replay(
+    recipe: Recipe, setup: Setup, streams: Sequence[Stream], console: Console
+) -> None:
+    """Say which mix is replayed, and what of the canary is not."""
+    replay = recipe.levers.replay
+    if replay.off:
+        return
+    stage = locate(recipe.model.path, recipe.model.revision)
+    if "mixer" in setup.notes:
+        came = " (it came with the model)" * (str(mixer_of(stage)) == replay.mixer)
+        line = f"replaying the mix of {setup.notes['mixer']}{came}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    domains = {
+        row.domain or Path(source.path).stem
+        for source in recipe.canary.sources
+        for row in iter_rows(source)
+    }
+    for line in replay.warnings(stage, domains, [stream.name for stream in streams]):
+        setup.notes.setdefault("warnings", []).append(line)
+        console.print(f"warning: {line}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def identity(
@@ -155,7 +193,7 @@ def identity(
     replay = recipe.levers.replay
     files = {
         "data": recipe.data.sources,
-        "replay": [] if replay.off else replay.sources,
+        "replay": replay.sources_read(),
         "canary": recipe.canary.sources,
     }
     digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in recipe.probes]
@@ -167,13 +205,13 @@ def identity(
             for name, sources in files.items()
         },
         "probes_sha256": " ".join(digests),
+        **replay.identity(),
     }
 
 
 def resolve_max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
     """`data.max_length`, or the model's context up to 2048. Raises beyond the context."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9
-    context = min(context, tokenizer.model_max_length or 10**9)
+    context = context_length(config, tokenizer)
     asked = recipe.data.max_length
     if asked is not None and asked > context:
         raise RequestError(
@@ -183,10 +221,16 @@ def resolve_max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
     return asked or min(context, LONGEST)
 
 
+def auto_epochs(tokens: float) -> float:
+    """3 passes over `tokens` (all streams), more where they are too few, 8 at most."""
+    needed = STEPS_AIMED_AT * BATCH_LEAST / max(1.0, tokens)
+    return min(EPOCHS_MOST, max(EPOCHS_LEAST, needed))
+
+
 def auto_batch_tokens(tokens: float) -> int:
-    """A power of two that makes about 200 steps of `tokens`, 1024 to 16384."""
+    """A power of two that makes about 600 steps of `tokens` (all streams), 512 to 16384."""
     exponent: int = round(math.log2(max(1.0, tokens / STEPS_AIMED_AT)))
-    return int(min(16384, max(1024, 2**exponent)))
+    return int(min(BATCH_MOST, max(BATCH_LEAST, 2**exponent)))
 
 
 def split_heldout(rows: Any, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -211,30 +255,17 @@ def split_heldout(rows: Any, fraction: float, seed: int) -> tuple[list[int], lis
 def canary_documents(prepared: Prepared, console: Console) -> list[Document]:
     """Held-out text by domain: the user's files, or fresh samples of the base."""
     recipe, setup = prepared.recipe, prepared.setup
-    limit = recipe.canary.max_documents
     if recipe.canary.sources:
-        found: dict[tuple[str, str], Document] = {}
-        rows: Counter[str] = Counter()
-        for source in recipe.canary.sources:
-            for row in iter_rows(source):
-                domain = row.domain or Path(source.path).stem
-                if rows[domain] < limit:
-                    already = len(found)
-                    for one in _windows(row, domain, prepared):
-                        found.setdefault((domain, one.id), one)
-                    rows[domain] += len(found) > already
-        if not found:
-            raise RequestError("canary.sources: no rows in them; give text rows, or leave it out")
-        return list(found.values())
+        return text_documents(recipe.canary, setup.tokenizer, setup.max_length)
     with console.status("sampling the canary from the base"):
-        examples = generate(
+        sampled = sampled_documents(
             setup.model,
             setup.tokenizer,
-            rows=limit,
-            max_new_tokens=min(256, setup.max_length - 1),
-            temperature=1.0,
-            seed=recipe.seed + CANARY_SEED_OFFSET,
+            rows=recipe.canary.max_documents,
+            max_length=setup.max_length,
+            seed=recipe.seed,
             keep=setup.folder / "canary.json",
+            notes=setup.notes,
         )
     trained = {
         tuple(stream.fetch(i)[0])
@@ -242,10 +273,4 @@ def canary_documents(prepared: Prepared, console: Console) -> list[Document]:
         if stream.role is Role.ANCHOR
         for i in range(len(stream.lengths))
     }
-    fresh = {tuple(e.input_ids): e for e in examples if tuple(e.input_ids) not in trained}
-    return [document(e.input_ids, e.loss_mask, "base samples") for e in fresh.values()]
-
-
-def _windows(row: Row, domain: str, prepared: Prepared) -> list[Document]:
-    examples = encode(row, prepared.tokenizer, max_length=prepared.setup.max_length)
-    return [document(e.input_ids, e.loss_mask, domain, row.where) for e in examples[:WINDOWS]]
+    return [one for one in sampled if tuple(one.text.input_ids) not in trained]

@@ -19,19 +19,23 @@ from pydantic import (
     model_validator,
 )
 
+from holdfast.data.quality.finding import Quality
 from holdfast.data.row_checks import shown
 from holdfast.data.rows import Source
 from holdfast.errors import RequestError, did_you_mean
 from holdfast.explain import explain
 from holdfast.gate.verdict import Gate
 from holdfast.levers import Lever, levers
+from holdfast.lineage import locate
 from holdfast.meters.canary import Canary
 from holdfast.model import Model
 from holdfast.section import Section
 
 if TYPE_CHECKING:
     from holdfast.levers.adapter import Adapter
+    from holdfast.levers.balance import Balance
     from holdfast.levers.budget import Budget
+    from holdfast.levers.context_frozen import ContextFrozen
     from holdfast.levers.kl_anchor import KlAnchor
     from holdfast.levers.replay import Replay
 
@@ -54,19 +58,25 @@ class Data(Section):
 class Train(Section):
     """How long, and in what pieces."""
 
-    epochs: float = Field(default=3.0, gt=0.0, allow_inf_nan=False)
-    """Passes over the lesson. Ignored where `steps` is given."""
+    epochs: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Passes over the lesson; empty: 3, and up to 8 for a lesson so small that 3 make fewer than
+    600 steps of 512 tokens. Ignored where `steps` is given."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; empty: from `epochs`."""
     batch_tokens: int | None = Field(default=None, ge=64)
     """Tokens of one optimizer step over all devices, lesson and anchor rows together; empty: a
-    power of two that makes about 200 steps of the run, 1024 to 16384."""
+    power of two that makes about 600 steps of the run, 512 to 16384."""
     micro_batch_tokens: int = Field(default=8192, ge=64)
     """Tokens of one forward pass on one device; below `batch_tokens` gradients accumulate."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; empty: a tenth of the run, at least 20 steps."""
     measure_every: int | None = Field(default=None, ge=1)
     """Steps between canary readings while training; empty: a fifth of the run."""
+    measure_probes: bool = False
+    """Read the probes, too, whenever the canary is read while training; before and after training
+    they are read in any case. For the report only: neither the gate nor a lever looks at it."""
+    run_generated_code: bool = False
+    """Run what the model writes for code items, in a sandbox; without it they are refused."""
     activation_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     report_to: list[str] = Field(default_factory=list)
@@ -76,6 +86,8 @@ class Train(Section):
 class _LeversBase(Section):
     if TYPE_CHECKING:
         adapter: Adapter = Adapter()
+        balance: Balance = Balance()
+        context_frozen: ContextFrozen = ContextFrozen()
         kl_anchor: KlAnchor = KlAnchor()
         replay: Replay = Replay()
         budget: Budget = Budget()
@@ -92,6 +104,13 @@ class _LeversBase(Section):
             key: known[key].OFF if key in known and _is_off(entry) else entry
             for key, entry in value.items()
         }
+
+    @property
+    def other_share(self) -> float:
+        """Share of each step's tokens that is not the lesson's."""
+        anchor = self.kl_anchor
+        anchored = anchor.weight > 0 and anchor.on != "task"
+        return self.replay.share + (anchor.self_generated.fraction if anchored else 0.0)
 
     def active(self) -> tuple[Lever, ...]:
         """The levers in a fixed order (by name)."""
@@ -138,6 +157,8 @@ class Recipe(Section):
     """JSONL files of probe items, measured before and after."""
     gate: Gate = Gate()
     """How much may be forgotten."""
+    quality: Quality = Quality()
+    """From when on `holdfast check-data` warns; training reads none of it."""
 
     @field_validator("model", mode="before")
     @classmethod
@@ -157,18 +178,37 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         replay, anchor = self.levers.replay, self.levers.kl_anchor
-        if not replay.off and replay.loss == "kl" and (anchor.weight == 0 or anchor.on == "task"):
+        if replay.anchored and (anchor.weight == 0 or anchor.on == "task"):
             raise ValueError(
                 "levers.replay.loss: 'kl' needs levers.kl_anchor with weight above 0 and on: "
                 "anchor or both; set levers.replay.loss: ntp to replay with next-token loss"
             )
-        shares = 0.0 if replay.off else replay.fraction
-        if anchor.weight and anchor.on != "task":
-            shares += anchor.self_generated.fraction
+        if self.levers.budget.kl_cap is not None and (anchor.weight == 0 or anchor.on == "task"):
+            raise ValueError(
+                "levers.budget.kl_cap: is measured on anchor rows; set levers.kl_anchor.weight "
+                "above 0 with on: anchor or both, or leave kl_cap out"
+            )
+        if self.levers.budget.patience and self.data.heldout == 0:
+            raise ValueError(
+                "levers.budget.patience: needs held-out rows of the lesson; set data.heldout "
+                "above 0, such as 0.05, or patience to 0"
+            )
+        shares = self.levers.other_share
         if shares >= 1:
             raise ValueError(
                 f"levers.replay.fraction + levers.kl_anchor.self_generated.fraction: {shares:g} "
-                "leaves no token for the lesson; keep the sum below 1, such as 0.2 and 0.25"
+                "leaves no token for the lesson; keep the sum below 1, such as 0.2 and 0.25 "
+                "(replay counts with its keep and counterexamples)"
+            )
+        if self.levers.adapter.four_bit and anchor.source(adapter=True)[0] == "frozen":
+            raise ValueError(
+                "levers.kl_anchor.reference: a base in 4 bits is not copied; leave it at auto, and "
+                "reference_dtype and reference_device out"
+            )
+        if self.levers.context_frozen.enabled and self.train.activation_checkpointing:
+            raise ValueError(
+                "levers.context_frozen.enabled: the context is kept in a cache, which activation "
+                "checkpointing drops; set train.activation_checkpointing: false"
             )
         if anchor.reference == "adapter_off" and self.levers.adapter.off:
             raise ValueError(
@@ -176,6 +216,32 @@ class Recipe(Section):
                 "levers.adapter.method to lora"
             )
         return self
+
+    def with_mixer(self) -> Self:
+        """The same with the mixer that came with the model, where replay is left open.
+
+        Raises:
+            RequestError: there is one, and the recipe cannot replay it.
+        """
+        try:
+            stage = locate(self.model.path, self.model.revision)
+        except RequestError:  # whoever loads the model says so
+            return self
+        replay = self.levers.replay.inherited(stage)
+        if replay is self.levers.replay:
+            return self
+        levers = self.levers.model_copy(update={"replay": replay})
+        try:
+            levers = type(self.levers).model_validate(levers.model_dump())
+            return type(self).model_validate({**dict(self), "levers": levers})
+        except ValidationError as error:
+            raise RequestError(
+                *(
+                    f"model.path: '{self.model.path}' came with the mixer '{replay.mixer}', but "
+                    f"{line}; or set levers.replay: none"
+                    for line in explain(error, type(self))
+                )
+            ) from error
 
 
 def _listed(value: Any) -> Any:
@@ -209,7 +275,7 @@ def load_recipe(path: str | Path | None = None, words: Iterable[str] = (), **fie
         problems += explain(error, Recipe, where=str(path) if path else "", elsewhere=given)
     if problems:
         raise RequestError(*problems)
-    return recipe
+    return recipe.with_mixer()
 
 
 def _read_word(word: str) -> tuple[str, Any]:

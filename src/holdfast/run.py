@@ -5,13 +5,11 @@ load -> streams -> read the base -> wrap -> train -> read the tuned -> gate -> r
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +18,23 @@ from rich.console import Console
 from holdfast import model as models
 from holdfast.artifact import RunFolder, full_disk_named, write_text
 from holdfast.data.example import EncodeReport, Role
+from holdfast.data.mixer import FILE as MIXER
 from holdfast.errors import RequestError
 from holdfast.gate.verdict import GateResult, decide
-from holdfast.meters import Reading
-from holdfast.meters.canary import read_canary
-from holdfast.meters.probes import Item, load_items, read_probes
+from holdfast.levers import wrapped
+from holdfast.lineage import locate
+from holdfast.measure import Measure, routing_changes
+from holdfast.meters.probes import load_items
+from holdfast.meters.ranks import read_ranks
+from holdfast.plan import settled, skeleton
 from holdfast.prepare import Prepared, canary_documents, identity, load, prepare
 from holdfast.recipe import Recipe
+from holdfast.report.items import Changed, worst_changed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from holdfast.meters.canary import Document
+    from holdfast.reference import Reference
     from holdfast.trainer import HoldfastTrainer
 
 
@@ -54,8 +57,10 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         RequestError: the recipe, its data, its model or the run folder cannot be used.
     """
     console = console or Console(quiet=True)
+    recipe = settled(recipe.with_mixer())
     started = time.perf_counter()
     items = load_items(recipe.probes)
+    _refuse_early(recipe)
     folder = RunFolder.open(Path(recipe.out)) if resume else RunFolder.create(Path(recipe.out))
     with nullcontext() if resume else folder.given_up_if_refused():
         tokenizer, base = load(recipe, console)
@@ -64,25 +69,36 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             _check_same(folder, resolved)
         else:
             folder.write_recipe(resolved)  # from here on it can be resumed
+        _keep_merged(recipe, folder, tokenizer, base)
         prepared = prepare(recipe, tokenizer, base, folder.data, console)
         canary = canary_documents(prepared, console)
         resolved["resolved"]["steps"] = prepared.steps
         folder.write_recipe(resolved)
-        measure = partial(_measure, prepared, canary, items, console)
+        measure = Measure(
+            tokenizer, canary, items, prepared.heldout, recipe.train.run_generated_code
+        )
         before = folder.load_before()
         if before is None:
-            before = measure(base, 0)
+            with console.status("reading the base"):
+                before = measure.whole(base, 0, cached=True)
             folder.merge(before)
             folder.save_before(before)
-        trainer = _trainer(prepared, folder, canary, console)
+        routed = measure.routed(base)
+        trainer = _trainer(prepared, folder, measure, console)
+    _keep_mixer(recipe, folder.path)
     checkpoint = _resume_point(folder)
     with full_disk_named(folder.checkpoints):
         trainer.train(resume_from_checkpoint=checkpoint)
     step = trainer.state.global_step
     _save_artifact(prepared, folder)
-    after = measure(trainer.model, step)
+    with console.status("reading the tuned model"):
+        after = measure.whole(trainer.model, step, _live(prepared))
     displacement = trainer.start.displacement()
-    folder.merge([*after, *displacement.readings(step)])
+    ranks = [] if recipe.levers.adapter.off else read_ranks(trainer.start, step)
+    routing = routing_changes(routed, measure.routed(trainer.model), trainer.start, step)
+    drift = [*displacement.readings(step), *ranks, *routing]
+    folder.merge([*after, *measure.rise(before, after), *drift])
+    folder.write_items(before, after)
     verdict = decide(before, after, recipe.gate) if recipe.gate.enabled else None
     summary = {
         "steps": step,
@@ -91,30 +107,31 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         "stopped": trainer.stopped,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    _write_results(folder, prepared, resolved, verdict, summary)
+    worst = worst_changed(before, after, items)
+    _write_results(folder, prepared, resolved, verdict, summary, worst)
     return RunResult(folder.path, verdict, time.perf_counter() - started, summary)
 
 
-def _measure(
-    prepared: Prepared,
-    canary: Sequence[Document],
-    items: Sequence[Item],
-    console: Console,
-    model: Any,
-    step: int,
-) -> list[Reading]:
-    """All that the gate compares: canary, held-out lesson rows, probes."""
-    with console.status(f"measuring at step {step}"):
-        return [
-            *read_canary(model, canary, "selection", step),
-            *read_canary(model, canary, "sealed", step),
-            *read_canary(model, prepared.heldout, "sealed", step, meter="lesson"),
-            *read_probes(model, prepared.tokenizer, items, step),
-        ]
+def _refuse_early(recipe: Recipe) -> None:
+    """Wrap a model without weights, so that a wrong setting is refused before anything is read."""
+    try:
+        bare = skeleton(recipe)
+    except RequestError:
+        return  # `load` says in its own words what is wrong with it
+    with suppress(NotImplementedError):  # a method that must look at the weights
+        _wrap(recipe, bare)
+
+
+def _wrap(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
+    with warnings.catch_warnings():
+        # peft 0.21 reads a property that transformers 5 has renamed, and says how it takes GPT-2
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        return wrapped(recipe.levers.active(), model)
 
 
 def _trainer(
-    prepared: Prepared, folder: RunFolder, canary: Sequence[Document], console: Console
+    prepared: Prepared, folder: RunFolder, measure: Measure, console: Console
 ) -> HoldfastTrainer:
     """The levers' wrap and prepare, then the transformers Trainer around them."""
     import torch
@@ -122,24 +139,23 @@ def _trainer(
 
     from holdfast.meters.drift import Start
     from holdfast.progress import RichProgress
+    from holdfast.reference.cache import Cached
     from holdfast.trainer import HoldfastTrainer
 
     recipe, setup, steps = prepared.recipe, prepared.setup, prepared.steps
     levers = recipe.levers.active()
     set_seed(recipe.seed)  # the adapter's first weights are a random choice too
-    with warnings.catch_warnings():
-        # peft 0.21 reads a property that transformers 5 has renamed, and says how it takes GPT-2
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
-        for lever in levers:
-            setup.model = lever.wrap(setup.model)
+    setup.model = _wrap(recipe, setup.model)
     models.head(setup.model)  # refuses an adapter on it before a step is taken
     for lever in levers:
         lever.prepare(setup)
+    if isinstance(setup.reference, Cached):  # refuse now what would be refused at some later step
+        setup.reference.require(prepared.rows_of(recipe.levers.kl_anchor.kl_roles()))
     arguments: dict[str, Any] = {}
     for lever in levers:
         arguments |= lever.arguments(setup.model.config)
     budget, on_gpu = recipe.levers.budget, torch.cuda.is_available()
+    looked_at = {"lesson": bool(budget.patience), "probes": recipe.train.measure_probes}
     args = TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=steps,
@@ -169,13 +185,41 @@ def _trainer(
         levers,
         start=Start(setup.model),
         reference=setup.reference,
-        meters=[lambda step: read_canary(setup.model, canary, "selection", step)],
+        divergence=recipe.levers.kl_anchor.divergence,
+        meters=[lambda step: measure.glance(setup.model, step, **looked_at)],
         every=recipe.train.measure_every or max(1, steps // 5),
         record=folder.append,
         callbacks=[RichProgress(console)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _live(prepared: Prepared) -> Reference | None:
+    """The base as it can be asked about any text; a stored one knows its own rows only."""
+    from holdfast.reference.cache import Cached
+
+    found = prepared.setup.reference
+    return None if isinstance(found, Cached) else found
+
+
+def _keep_merged(
+    recipe: Recipe,
+    folder: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    base: PreTrainedModel,
+) -> None:
+    """Keep a base that was merged in memory, where an adapter is trained on it.
+
+    Else plain peft would load that adapter onto the original base, without the stages between.
+    """
+    if recipe.levers.adapter.off or not locate(recipe.model.path).adapters:
+        return
+    if not (folder.path / "base").is_dir():
+        with folder.replacing("base") as target:
+            base.save_pretrained(target, safe_serialization=True)
+            tokenizer.save_pretrained(target)
+    base.name_or_path = str(folder.path / "base")
 
 
 def _resume_point(folder: RunFolder) -> str | None:
@@ -191,8 +235,16 @@ def _save_artifact(prepared: Prepared, folder: RunFolder) -> None:
     """The tuned part in the ecosystem's format, with the tokenizer it was trained with."""
     name = "model" if prepared.recipe.levers.adapter.off else "adapter"
     with folder.replacing(name) as target:
-        prepared.setup.model.save_pretrained(target, safe_serialization=True)
+        prepared.recipe.levers.adapter.save(prepared.setup.model, target)
         prepared.tokenizer.save_pretrained(target)
+        _keep_mixer(prepared.recipe, target)
+
+
+def _keep_mixer(recipe: Recipe, target: Path) -> None:
+    """Copy the mixer file, so that every later stage replays the same mix."""
+    if recipe.levers.replay.mixer is not None:
+        text = Path(recipe.levers.replay.mixer).expanduser().read_text(encoding="utf-8")
+        write_text(target / MIXER, text)
 
 
 def _resolved(
@@ -206,7 +258,11 @@ def _resolved(
         **recipe.model_dump(mode="json"),
         "resolved": {
             "parameters": sum(p.numel() for p in base.parameters()),
-            **identity(recipe, tokenizer, base),
+            **(start := identity(recipe, tokenizer, base)),
+            "lineage": [
+                *locate(recipe.model.path, recipe.model.revision).parents(),
+                {"path": recipe.model.path, "weights_sha256": start["weights_sha256"]},
+            ],
             "versions": {package: version(package) for package in packages},
         },
     }
@@ -249,14 +305,12 @@ def _write_results(
     resolved: dict[str, Any],
     verdict: GateResult | None,
     summary: dict[str, Any],
+    worst: Sequence[Changed],
 ) -> None:
     from holdfast.report.card import write_card
     from holdfast.report.page import ReportData, write_report
 
-    write_text(
-        folder.path / "verdict.json",
-        json.dumps({"summary": summary, **(verdict.as_dict() if verdict else {})}, indent=2) + "\n",
-    )
+    folder.write_verdict(summary, verdict.as_dict() if verdict else {})
     environment = resolved["resolved"]
     data = ReportData(
         title=folder.path.name,
@@ -269,6 +323,7 @@ def _write_results(
         },
         environment=environment,
         summary={**summary, "rows": _counted(prepared.lesson), **prepared.setup.notes},
+        worst=worst,
     )
     write_report(folder.path, data)
     write_card(folder.path, data, prepared.recipe.model.path)

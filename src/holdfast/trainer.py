@@ -11,6 +11,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from holdfast import model as models
+from holdfast import objective
 from holdfast.data.example import Role
 from holdfast.data.mixture import Mixture
+from holdfast.divergence import Divergence
 from holdfast.errors import HoldfastError
 from holdfast.levers import (
     Lever,
@@ -35,7 +38,6 @@ from holdfast.levers import (
 )
 from holdfast.meters import Reading
 from holdfast.meters.drift import Start
-from holdfast.objective import token_kl, token_nll
 from holdfast.reference import Reference
 
 MEMORY_FILE = "levers.json"
@@ -43,6 +45,8 @@ COMPLETE_FILE = "complete.json"
 
 Meter = Callable[[int], Sequence[Reading]]
 """Called with the step; returns readings."""
+Terms = Callable[[TokenLosses], Mapping[str, Term]]
+"""What the loss is made of, given the token losses."""
 Record = Callable[[Sequence[Reading]], None]
 """Keeps readings (the run folder's `readings.jsonl`)."""
 
@@ -52,42 +56,129 @@ def token_losses(
     batch: Mapping[str, Tensor],
     kl_roles: frozenset[Role],
     reference: Reference | None,
+    divergence: Divergence | None = None,
+    kl_B: Tensor | None = None,
+    levers: Sequence[Lever] = (),
+    terms: Terms | None = None,
 ) -> TokenLosses:
     """One forward pass, then per-token losses only where somebody needs them.
 
-    `batch` is a `MicroBatch`: input_ids, position_ids, targets, roles, each (B, W).
+    `batch` is a `MicroBatch`: input_ids, position_ids, targets, roles, each (B, W). Where `kl_B` is
+    given, the other rows have no KL, and rows without any loss are not passed through the model.
+    Of `levers` one may compute the hidden states in another way. `terms` of the loss, if given, are
+    asked beforehand what each token's losses will weigh.
     """
+    if kl_B is not None:
+        batch, kl_B = _needed(batch, kl_roles, kl_B)
     roles_BW = batch["roles"]
-    hidden_BWH = models.hidden_states(model, batch["input_ids"], batch["position_ids"])
-    head = models.head(model)
+    others = (lever.hidden(model, batch) for lever in levers)
+    hidden_BWH = next((hidden for hidden in others if hidden is not None), None)
+    if hidden_BWH is None:
+        hidden_BWH = models.hidden_states(model, batch["input_ids"], batch["position_ids"])
     nll_BW = (roles_BW == Role.TASK) | (roles_BW == Role.REPLAY)
-    nll_N = token_nll(hidden_BWH[nll_BW], head, batch["targets"][nll_BW])
-
     kl_BW = torch.zeros_like(nll_BW)
-    for role in kl_roles:
-        kl_BW |= roles_BW == role
-    rows_B = kl_BW.any(dim=1)
-    kl_M = hidden_BWH[kl_BW].float().sum(-1)  # (0,) where no position needs it
-    if reference is not None and bool(rows_B.any()):
-        base_bWH = reference.hidden_states(
-            batch["input_ids"][rows_B], batch["position_ids"][rows_B]
+    if reference is not None:
+        for role in kl_roles:
+            kl_BW |= roles_BW == role
+    if kl_B is not None:
+        kl_BW &= kl_B.unsqueeze(1)
+    base = None
+    if reference is not None and bool(kl_BW.any()):
+        base = reference.view(batch["input_ids"], batch["position_ids"], kl_BW)
+    nll_roles_N, kl_roles_M = roles_BW[nll_BW], roles_BW[kl_BW]
+    top = max((lever.entropy_over() for lever in levers), default=0)
+    entropy = objective.TopEntropy(top) if top else None
+    nll_weight_N = kl_weight_M = None
+    if terms is not None and torch.is_grad_enabled():
+        nll_weight_N, kl_weight_M = expected_weights(
+            nll_roles_N, kl_roles_M, batch, terms, entropy=entropy is not None
         )
-        base_MH = base_bWH[kl_BW[rows_B]]
-        kl_M = token_kl(hidden_BWH[kl_BW], head, base_MH, reference.head())
-    return TokenLosses(nll_N, roles_BW[nll_BW], kl_M, roles_BW[kl_BW])
+    nll_N, kl_M = objective.token_losses(
+        hidden_BWH.flatten(0, 1),
+        models.head(model),
+        batch["targets"].flatten(),
+        nll_N=nll_BW.flatten(),
+        kl_N=kl_BW.flatten(),
+        base=base,
+        divergence=divergence or Divergence(),
+        nll_weight=nll_weight_N,
+        kl_weight=kl_weight_M,
+        entropy=entropy,
+    )
+    entropy_N = None if entropy is None else entropy.nll_N
+    return TokenLosses(nll_N, nll_roles_N, kl_M, kl_roles_M, batch, entropy_N)
+
+
+def expected_weights(
+    nll_roles_N: Tensor,
+    kl_roles_M: Tensor,
+    batch: Mapping[str, Tensor],
+    terms: Terms,
+    *,
+    entropy: bool,
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """What each loss will weigh in the loss of the step, but for a common factor.
+
+    The terms are asked on made-up losses (and entropies), all 0 and then all 1: what weighs the
+    same in both is taken not to hang on the values. Nothing is expected (None) where it does.
+    """
+    found = []
+    for value in (0.0, 1.0):
+        nll_N, kl_M = (
+            torch.full(roles.shape, value, device=roles.device, requires_grad=True)
+            for roles in (nll_roles_N, kl_roles_M)
+        )
+        entropy_N = nll_N.detach() if entropy else None
+        out = TokenLosses(nll_N, nll_roles_N, kl_M, kl_roles_M, batch, entropy_N)
+        found.append(torch.autograd.grad(total_loss(out, terms(out)), (nll_N, kl_M)))
+    (nll_weight_N, kl_weight_M), again = found
+    same = torch.equal(nll_weight_N, again[0]) and torch.equal(kl_weight_M, again[1])
+    return (nll_weight_N, kl_weight_M) if same else (None, None)
+
+
+def kl_rows(levers: Sequence[Lever], input_ids_BW: Tensor, state: StepState) -> Tensor | None:
+    """Rows (B,) of a micro-batch on which some lever takes its KL; None: all of them."""
+    asked = [lever.kl_rows(input_ids_BW, state) for lever in levers if lever.kl_roles()]
+    some = [rows_B for rows_B in asked if rows_B is not None]
+    return torch.stack(some).any(0) if some and len(some) == len(asked) else None
+
+
+def _needed(
+    batch: Mapping[str, Tensor], kl_roles: frozenset[Role], kl_B: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The rows of a micro-batch that have a loss, and their `kl_B`; never none of them."""
+    roles_BW = batch["roles"]
+    some_B = ((roles_BW == Role.TASK) | (roles_BW == Role.REPLAY)).any(1)
+    for role in kl_roles:
+        some_B = some_B | (kl_B & (roles_BW == role).any(1))
+    some_B[0] |= ~some_B.any()  # the step needs a graph
+    names = ("input_ids", "position_ids", "targets", "roles")
+    return {name: batch[name][some_B] for name in names}, kl_B[some_B]
 
 
 def loss_terms(
     out: TokenLosses, state: StepState, levers: Sequence[Lever], memory: Mapping[str, Memory]
 ) -> dict[str, Term]:
-    """The lesson's own term (mean NLL of its response tokens) and those of every lever."""
+    """The lesson's own term (mean NLL of its response tokens, weighed) and those of every lever."""
     terms: dict[str, Term] = {}
     if state.totals[Role.TASK]:
-        sum_nll = shared_sum(out.nll, out.nll_roles == Role.TASK)
+        weighed = out.nll
+        for lever in levers:
+            weight_N = lever.token_weights(out, state, memory[lever.key])
+            weighed = weighed if weight_N is None else weighed * weight_N
+        sum_nll = shared_sum(weighed, out.nll_roles == Role.TASK)
         terms["task"] = Term(sum_nll, state.totals[Role.TASK], 1.0)
     for lever in levers:
         terms |= lever.terms(out, state, memory[lever.key])
     return terms
+
+
+def total_loss(out: TokenLosses, terms: Mapping[str, Term]) -> Tensor:
+    """Sum over terms of weight * sum / count; attached to the graph even without a term."""
+    loss = out.nll.sum() * 0.0 + out.kl.sum() * 0.0
+    for term in terms.values():
+        loss = loss + term.weight * (term.sum / term.count)
+    return loss
 
 
 class HoldfastTrainer(Trainer):
@@ -101,6 +192,7 @@ class HoldfastTrainer(Trainer):
         levers: the active levers.
         start: the weights training begins with.
         reference: the base's view, needed when a lever asks for KL.
+        divergence: how far from the base is measured; forward KL unless given.
         meters: called every `every` steps.
         record: keeps readings.
     """
@@ -114,6 +206,7 @@ class HoldfastTrainer(Trainer):
         *,
         start: Start,
         reference: Reference | None = None,
+        divergence: Divergence | None = None,
         meters: Sequence[Meter] = (),
         every: int = 0,
         record: Record = lambda _readings: None,
@@ -121,12 +214,13 @@ class HoldfastTrainer(Trainer):
     ) -> None:
         self.levers = tuple(levers)
         self.lever_memory: dict[str, Memory] = {lever.key: {} for lever in self.levers}
-        self.reference = reference
+        self.reference, self.divergence = reference, divergence
         self.start = start
         self.meters, self.every, self.record = tuple(meters), every, record
         self.kl_roles = frozenset[Role]().union(*(lever.kl_roles() for lever in self.levers))
         self.refused: list[dict[str, Any]] = []  # step and reason of each
         self.stopped: str | None = None
+        self._refused_now: list[str] = []
         self._term_values: dict[str, list[Tensor]] = defaultdict(list)
         self._grad_norm = self._rate = 0.0
         args.remove_unused_columns = False  # roles and targets are no arguments of the model's
@@ -136,6 +230,7 @@ class HoldfastTrainer(Trainer):
             train_dataset=mixture,
             data_collator=_only_item,
             callbacks=[*(callbacks or ()), _LeverCallback(self)],
+            optimizer_cls_and_kwargs=next(filter(None, (o.optimizer(args) for o in levers)), None),
         )
         # our loss is already normalised over the whole optimizer step
         self.loss_is_scaled_for_ga = True
@@ -173,15 +268,24 @@ class HoldfastTrainer(Trainer):
         totals = {role: int(inputs["totals"][role]) for role in Role}
         world = self.accelerator.num_processes
         state = StepState(
-            self.state.global_step, totals, self.args.gradient_accumulation_steps * world
+            self.state.global_step,
+            totals,
+            self.args.gradient_accumulation_steps * world,
+            self.args.seed,
         )
-        out = token_losses(model, inputs, self.kl_roles, self.reference)
+        kl_B = kl_rows(self.levers, inputs["input_ids"], state)
+        readers = [lever for lever in self.levers if lever.reads_losses]
+
+        def asked(out: TokenLosses) -> dict[str, Term]:
+            return loss_terms(out, state, readers, deepcopy(self.lever_memory))
+
+        out = token_losses(
+            model, inputs, self.kl_roles, self.reference, self.divergence, kl_B, self.levers, asked
+        )
         terms = loss_terms(out, state, self.levers, self.lever_memory)
-        loss = out.nll.sum() * 0.0 + out.kl.sum() * 0.0
         for name, term in terms.items():
-            part = term.sum / term.count
-            loss = loss + term.weight * part
-            self._term_values[name].append(part.detach())
+            self._term_values[name].append((term.sum / term.count).detach())
+        loss = total_loss(out, terms)
         # DDP and FSDP average gradients over devices; the counts are already global
         loss = loss * world
         return (loss, out) if return_outputs else loss
@@ -213,7 +317,9 @@ class HoldfastTrainer(Trainer):
 
     def step_context(self) -> StepContext:
         """The step as the levers see it."""
-        return StepContext(self.model, self.state.global_step, self._grad_norm, self.start)
+        return StepContext(
+            self.model, self.state.global_step, self._grad_norm, self.start, self._rate
+        )
 
     def take_terms(self) -> dict[str, float]:
         """Mean of each term over its devices for the step just done, and forget them."""
@@ -232,10 +338,12 @@ class _LeverCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, ctx = self.trainer, self.trainer.step_context()
+        trainer = self.trainer
         trainer._rate = trainer._get_learning_rate()  # when the step is over it is the next one's
+        ctx = trainer.step_context()
         for lever in trainer.levers:
             lever.before_step(ctx, trainer.lever_memory[lever.key])
+        trainer._refused_now = ctx.refused
         if ctx.refused:
             trainer.refused.append({"step": ctx.step, "reason": "; ".join(ctx.refused)})
             # optimizers skip tensors without a gradient: no moment, no decay, no move
@@ -244,6 +352,7 @@ class _LeverCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, step = self.trainer, state.global_step
         ctx = trainer.step_context()
+        ctx.refused = trainer._refused_now
         for lever in trainer.levers:
             lever.after_step(ctx, trainer.lever_memory[lever.key])
         terms = trainer.take_terms()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 from tiny_run import Jolt, llama, shake, tiny_run, weights
 from transformers import LlamaConfig, TrainerCallback
 
+from holdfast.data.example import Role
 from holdfast.errors import HoldfastError, RequestError
-from holdfast.levers import Memory, StepContext
+from holdfast.levers import Memory, ProbeContext, StepContext, StepState, TokenLosses
 from holdfast.levers.adapter import Adapter
 from holdfast.levers.budget import HISTORY, PATIENCE, WARMED_UP, Budget
+from holdfast.levers.kl_anchor import KlAnchor
 from holdfast.meters import Reading
 from holdfast.meters.drift import Start
+from holdfast.recipe import load_recipe
 
 
 @pytest.mark.parametrize(
@@ -28,7 +32,7 @@ from holdfast.meters.drift import Start
 def test_automatic_learning_rate(hidden: int, lora: float) -> None:
     config = LlamaConfig(hidden_size=hidden, num_attention_heads=4)
     assert Budget().peak(config, adapter=True) == pytest.approx(lora, rel=1e-5)
-    assert Budget().peak(config, adapter=False) == pytest.approx(lora / 100, rel=1e-5)
+    assert Budget().peak(config, adapter=False) == pytest.approx(lora / 10, rel=1e-5)
     assert Budget(learning_rate=3e-5).peak(config, adapter=True) == 3e-5
 
 
@@ -173,8 +177,159 @@ def norm(tensors: dict[str, torch.Tensor]) -> float:
     return math.hypot(*(float(tensor.norm()) for tensor in tensors.values()))
 
 
-def test_a_cap_without_a_size_to_relate_to_is_refused(tmp_path: Path) -> None:
-    """OFT's rotations start at zero."""
-    levers = [Adapter(method="oft", config={"oft_block_size": 4}), Budget(cap=0.1)]
+def test_a_cap_without_a_size_to_relate_to_is_refused() -> None:
+    """A trained bias that starts at zero."""
+    layer = torch.nn.Linear(3, 2)
+    torch.nn.init.zeros_(layer.bias)
+    layer.weight.requires_grad_(False)
+    start = Start(layer)
     with pytest.raises(RequestError, match=r"levers.budget.cap: what is trained starts at zero"):
-        tiny_run(levers, tmp_path, steps=1).train()
+        Budget(cap=0.1).after_step(StepContext(layer, 1, 1.0, start), {})
+
+
+METHODS: list[dict[str, Any]] = [
+    {"method": "none"},
+    {"r": 2},
+    {"r": 2, "config": {"init_lora_weights": False}},
+    {"method": "dora", "r": 2},
+    {"method": "oft", "config": {"oft_block_size": 4}},
+    {"method": "osf"},
+]
+each_method = pytest.mark.parametrize("settings", METHODS, ids=str)
+
+
+@each_method
+def test_caps_hold_in_total_and_by_layer(settings: dict[str, Any]) -> None:
+    """Whatever moved, against the merged matrices; nothing within both caps is touched."""
+    base = llama()
+    model = Adapter(**settings).wrap(copy.deepcopy(base))
+    began = displacements(model, base)
+    start = Start(model)
+    shake(model)
+    by_tensor, total = start.displacement().by_tensor, start.displacement().relative
+    layer = sorted(by_tensor.values())[len(by_tensor) // 2]
+    memory: Memory = {}
+    Budget(cap_per_layer=layer).after_step(StepContext(model, 1, 1.0, start), memory)
+    after = start.displacement().by_tensor
+    assert max(after.values()) <= layer * (1 + 1e-5)
+    within = [name for name, moved in by_tensor.items() if moved <= layer]
+    assert within
+    assert {n: after[n] for n in within} == {n: by_tensor[n] for n in within}
+    Budget(cap=total / 3).after_step(StepContext(model, 2, 1.0, start), memory)
+    assert memory == {"capped": 2}
+    assert start.displacement().relative <= total / 3 * (1 + 1e-5)
+    now, sizes = displacements(model, base), start.displacement().start
+    change = {n: now[n] - began.get(n, torch.zeros(())) for n in now}
+    found = norm(change) / math.hypot(*sizes.values())
+    assert found == pytest.approx(start.displacement().relative, rel=2e-3)
+
+
+@each_method
+def test_the_caps_hold_in_a_run(tmp_path: Path, settings: dict[str, Any]) -> None:
+    budget = Budget(cap=0.004, cap_per_layer=0.005)
+    trainer = tiny_run([Adapter(**settings), budget], tmp_path, steps=5)
+    trainer.train()
+    found = trainer.start.displacement()
+    assert found.relative <= 0.004 * (1 + 1e-4)
+    assert max(found.by_tensor.values()) <= 0.005 * (1 + 1e-4)
+    assert trainer.lever_memory["budget"]["capped"] >= 1
+
+
+def anchored(folder: Path, **settings: Any) -> tuple[Any, list[Reading]]:
+    """A run that flees from the base, with its readings."""
+    readings: list[Reading] = []
+    anchor = KlAnchor(weight=1e-6, self_generated={"rows": 8, "max_new_tokens": 12})
+    trainer = tiny_run(
+        [Adapter(method="none"), Budget(warmup=0.0, **settings), anchor],
+        folder,
+        steps=10,
+        micro_batches=2,
+        arguments={"learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+        record=readings.extend,
+    )
+    trainer.train()
+    return trainer, readings
+
+
+def test_a_ceiling_on_kl_draws_back(tmp_path: Path) -> None:
+    free, without = anchored(tmp_path / "free")
+    held, under = anchored(tmp_path / "held", kl_cap=0.05)
+    kl, capped = ([r.value for r in found if "kl_anchor" in r.name] for found in (without, under))
+    assert "kl_capped" not in free.lever_memory["budget"]
+    assert kl[-1] > 0.2, "or there is nothing to hold"
+    # each step starts no further than one step's move beyond the ceiling
+    one_step = max(after - before for before, after in pairwise(kl))
+    assert max(capped) <= 0.05 + one_step
+    assert capped[-1] < kl[-1] / 2
+    assert held.lever_memory["budget"]["kl_capped"] >= 2
+
+
+def test_kl_is_the_mean_over_the_micro_batches_of_a_step() -> None:
+    """By hand: (0.1 + 0.5 + 0.3) / 3 = 0.3, whose root ratio to 0.075 is 1 / 2."""
+    budget, memory = Budget(kl_cap=0.075), {}
+    task, anchor = int(Role.TASK), int(Role.ANCHOR)
+    state = StepState(4, {}, 2)
+    for values, roles in (([0.1, 9.0, 0.5], [anchor, task, anchor]), ([0.3], [anchor])):
+        out = TokenLosses(*torch.zeros(2, 0), torch.tensor(values), torch.tensor(roles))
+        assert budget.terms(out, state, memory) == {}
+    layer = torch.nn.Linear(3, 2)
+    start, before = Start(layer), layer.weight.detach().clone()
+    shake(layer)
+    moved = layer.weight.detach() - before
+    budget.after_step(StepContext(layer, 5, 1.0, start), memory)
+    torch.testing.assert_close(layer.weight.detach() - before, moved / 2, rtol=1e-5, atol=1e-7)
+    assert memory == {"kl_capped": 1}
+    budget.after_step(StepContext(layer, 6, 1.0, start), memory)  # no anchor row in this step
+    assert memory == {"kl_capped": 1}
+
+
+def lesson(value: float) -> list[Reading]:
+    other = Reading("canary", "text", "selection", 1, -value, None, 4)
+    sealed = Reading("lesson", "heldout", "sealed", 1, 0.0, None, 4)
+    return [other, sealed, Reading("lesson", "heldout", "selection", 1, value, 0.1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("patience", "losses", "stops_after"),
+    [
+        (2, [3.0, 2.0, 2.5, 2.0, 1.0], 4),
+        (2, [3.0, 2.0, 2.5, 1.9, 2.0, 2.0], 6),
+        (1, [3.0, 3.0], 2),
+        (3, [3.0, 4.0, 5.0], None),
+        (0, [3.0, 4.0, 5.0, 6.0], None),
+    ],
+)
+def test_patience(patience: int, losses: list[float], stops_after: int | None) -> None:
+    memory: Memory = {}
+    stopped = None
+    for number, loss in enumerate(losses, 1):
+        ctx = ProbeContext(number)
+        Budget(patience=patience).after_probe(lesson(loss), ctx, memory)
+        if ctx.stop:
+            stopped = number
+            assert "has not fallen below" in ctx.stop
+            break
+    assert stopped == stops_after
+
+
+def test_patience_ends_a_run(tmp_path: Path) -> None:
+    trainer = tiny_run(
+        [Budget(patience=2)], tmp_path, steps=9, meters=[lambda _: lesson(1.0)], every=1
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.stopped.startswith("levers.budget.patience: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["levers.budget.kl_cap=0.1", "levers.kl_anchor=none"], r"kl_cap: is measured on anchor"),
+        (["levers.budget.kl_cap=0.1", "levers.kl_anchor.on=task"], r"kl_cap: is measured on"),
+        (["levers.budget.patience=2", "data.heldout=0"], r"patience: needs held-out rows"),
+        (["levers.budget.cap_per_layer=0"], r"cap_per_layer.*0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        load_recipe(None, words, model="m", data="d.jsonl")

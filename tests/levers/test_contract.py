@@ -22,13 +22,20 @@ from tiny_run import ALPHABET, gpt2, shake, tiny_run, weights
 from holdfast.data.example import Role
 from holdfast.levers import Lever, StepState, Term, levers
 from holdfast.meters import Reading
-from holdfast.trainer import HoldfastTrainer, loss_terms, token_losses
+from holdfast.trainer import HoldfastTrainer, kl_rows, loss_terms, token_losses
 
 ON: dict[str, dict[str, Any]] = {
     "adapter": {"r": 2},
-    "budget": {"clip": 0.3, "cap": 1e-2, "weight_decay": 0.1},
+    "balance": {"shares": {"even": 3, "odd": 1}},
+    "budget": {"clip": 0.3, "cap": 1e-2, "cap_per_layer": 2e-2, "weight_decay": 0.1},
+    "context_frozen": {"enabled": True},
+    "ewc": {"weight": 0.5, "rows": 6, "max_new_tokens": 12},
+    "freeze": {"first_blocks": 1, "presets": ["norms"]},
     "kl_anchor": {"weight": 2.0, "self_generated": {"rows": 8, "max_new_tokens": 12}},
+    "l2_sp": {"weight": 0.5},
+    "optimizer": {"name": "adamw_torch", "betas": [0.8, 0.95], "decay_to_base": 0.5},
     "replay": {"sources": ["old.jsonl"], "loss": "ntp"},
+    "token_gate": {"method": "flow"},
 }
 NAMES = sorted(levers())
 PAIRS = [*((name,) for name in NAMES), *combinations(NAMES, 2)]
@@ -110,8 +117,11 @@ def terms_of(trainer: HoldfastTrainer, index: int) -> dict[str, Term]:
     mixture = trainer.train_dataset
     parts = [mixture[part]["roles"] for part in range(mixture.micro_batches)]
     totals = {role: sum(int((part == role).sum()) for part in parts) for role in Role}
-    out = token_losses(trainer.model, mixture[index], trainer.kl_roles, trainer.reference)
-    state = StepState(0, totals, mixture.micro_batches)
+    state = StepState(0, totals, mixture.micro_batches, trainer.args.seed)
+    kl_B = kl_rows(trainer.levers, mixture[index]["input_ids"], state)
+    out = token_losses(
+        trainer.model, mixture[index], trainer.kl_roles, trainer.reference, kl_B=kl_B
+    )
     return loss_terms(out, state, trainer.levers, trainer.lever_memory)
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_run import llama, shake, tiny_run, tokenizer
 
 from holdfast.data.example import Role
-from holdfast.levers import Setup, StepState, Term
+from holdfast.errors import RequestError
+from holdfast.levers import Setup, StepState, Term, TokenLosses
 from holdfast.levers.adapter import Adapter
 from holdfast.levers.kl_anchor import KlAnchor
+from holdfast.objective import DenseBase
+from holdfast.reference.frozen import Frozen
 from holdfast.trainer import HoldfastTrainer, token_losses
 
 FEW = {"rows": 8, "max_new_tokens": 12}
@@ -92,19 +97,28 @@ def test_its_reference_stays_the_base(
     """Whatever is trained, the head included; and training goes on with the adapter in place."""
     trainer = anchored(tmp_path, method, **settings)
     batch, base = trainer.train_dataset[0], llama()
-    seen = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    seen = (batch["input_ids"], batch["position_ids"])
+    every = torch.ones_like(seen[0], dtype=torch.bool)
+
+    def logits(model: Any) -> torch.Tensor:
+        ids, positions = seen
+        out: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return out
+
     trainer.train()
     shake(trainer.model)
-    tuned = copy.deepcopy(trainer.model)(**seen).logits
+    tuned = logits(copy.deepcopy(trainer.model))
     reference = trainer.reference
     assert reference is not None
-    hidden = reference.hidden_states(**seen)
-    assert not hidden.requires_grad
+    view = reference.view(*seen, every)
+    assert isinstance(view, DenseBase)
+    assert not view.hidden_MH.requires_grad
     with torch.no_grad():
-        assert torch.equal(reference.head()(hidden), base(**seen, use_cache=False).logits)
+        expected = logits(base)
+        assert torch.equal(view.head(view.hidden_MH), expected.flatten(0, 1))
     assert trainer.model.training
-    assert torch.equal(trainer.model(**seen).logits, tuned)
-    assert (tuned - base(**seen).logits).abs().max() > 1e-2
+    assert torch.equal(logits(trainer.model), tuned)
+    assert (tuned - logits(base)).abs().max() > 1e-2
 
 
 def setup(folder: Path, model: Any, lesson_tokens: int = 0) -> Setup:
@@ -131,14 +145,30 @@ def test_its_rows_are_written_by_the_base_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("lesson_tokens", "settings", "count"),
-    # a quarter of the tokens is a third of the lesson's: 3000 / 3 / 12 a row
-    [(3000, {}, 83), (0, {}, 16), (3000, {"max_rows": 40}, 40), (3000, {"rows": 5}, 5)],
+    # half of the tokens is as many as the lesson's: 3000 / 12 a row
+    [(3000, {}, 250), (0, {}, 16), (3000, {"max_rows": 40}, 40), (3000, {"rows": 5}, 5)],
 )
 def test_it_writes_as_many_rows_as_the_run_reads(
     tmp_path: Path, lesson_tokens: int, settings: dict[str, int], count: int
 ) -> None:
     anchor = KlAnchor(self_generated={"max_new_tokens": 12, **settings})
     assert len(rows(anchor, setup(tmp_path, llama(), lesson_tokens))) == count
+
+
+def test_a_base_that_does_not_write_as_many_is_told_of(tmp_path: Path) -> None:
+    """A row is BOS and one of 64 tokens."""
+    made = setup(tmp_path, llama())
+    found = rows(KlAnchor(self_generated={"rows": 300, "max_new_tokens": 1}), made)
+    assert len(found) <= 64
+    note = f"the base writes {len(found)} different rows, 300 were asked for"
+    assert made.notes == {"self_generated": note}
+
+
+def test_what_samples_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
+    anchor = KlAnchor(self_generated=FEW | {"engine": "vllm"})
+    with pytest.raises(RequestError, match="engine: vllm cannot sample the base"):
+        rows(anchor, setup(tmp_path, llama()))
 
 
 def test_off(tmp_path: Path) -> None:
@@ -151,3 +181,114 @@ def test_off(tmp_path: Path) -> None:
 
 def test_on_the_lesson_alone_it_needs_no_rows(tmp_path: Path) -> None:
     assert KlAnchor(on="task").streams(setup(tmp_path, None)) == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "adapter", "source", "why"),
+    [
+        ({}, True, "adapter_off", "an adapter is trained"),
+        ({}, False, "frozen", "all weights are trained"),
+        ({"cache": "here"}, True, "cache", "a cache is given"),
+        ({"cache": "here", "reference": "cache"}, False, "cache", "a cache is given"),
+        ({"reference": "frozen"}, True, "frozen", "asked for"),
+        ({"reference": "adapter_off"}, True, "adapter_off", "asked for"),
+        ({"reference_dtype": "int8"}, True, "frozen", "reference_dtype asks"),
+        ({"reference_device": "offload"}, True, "frozen", "reference_device asks"),
+        ({"reference": "runs/one"}, True, "stage", "runs/one is asked for"),
+        ({"reference": "~/one"}, False, "stage", "~/one is asked for"),
+    ],
+)
+def test_which_reference_is_chosen_and_why(
+    settings: dict[str, Any], adapter: bool, source: str, why: str
+) -> None:
+    chosen, said = KlAnchor(**settings).source(adapter)
+    assert chosen == source
+    assert why in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"reference": "frozn"}, "did you mean 'frozen'"),
+        ({"reference": "cache"}, "needs cache: the folder"),
+        ({"cache": "here", "reference": "frozen"}, "give one of them"),
+        ({"cache": "here", "reference_dtype": "int8"}, "reference_dtype is for a second copy"),
+        ({"reference": "adapter_off", "reference_device": "cpu"}, "is for a second copy"),
+        ({"task_weight": 2.0}, "task_weight is for on: both"),
+        ({"on": "task", "task_weight": 2.0}, "task_weight is for on: both"),
+        ({"on": "both", "task_weight": 0.0}, "greater than 0"),
+        ({"divergence": {"temperature": 0}}, "greater than 0"),
+    ],
+)
+def test_settings_that_contradict_one_another(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        KlAnchor(**settings)
+
+
+def test_a_stage_is_named_by_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "frozn").mkdir()
+    assert KlAnchor(reference="frozn").source(True)[0] == "stage"
+
+
+def test_lesson_and_anchor_positions_have_weights_of_their_own(tmp_path: Path) -> None:
+    kl = torch.tensor([1.0, 2.0, 4.0])
+    roles = torch.tensor([Role.TASK, Role.ANCHOR, Role.ANCHOR])
+    none = torch.zeros(0)
+    out = TokenLosses(none, none, kl, roles)
+    totals = dict.fromkeys(Role, 0) | {Role.TASK: 5, Role.ANCHOR: 7}
+    anchor = KlAnchor(on="both", weight=3.0, task_weight=0.5)
+    found = anchor.terms(out, StepState(0, totals, 1), {})
+    assert {n: (float(t.sum), t.count, t.weight) for n, t in found.items()} == {
+        "kl_anchor/task": (1.0, 5, 0.5),
+        "kl_anchor/anchor": (6.0, 7, 3.0),
+    }
+
+
+def test_off_it_is_off_whatever_the_weight_on_the_lesson() -> None:
+    anchor = KlAnchor(weight=0.0, on="both", task_weight=1.0)
+    totals = dict.fromkeys(Role, 3)
+    none = torch.zeros(0)
+    assert anchor.kl_roles() == frozenset()
+    assert anchor.terms(TokenLosses(none, none, none, none), StepState(0, totals, 1), {}) == {}
+
+
+def test_where_the_switch_is_not_the_base_auto_takes_a_copy_and_says_so(tmp_path: Path) -> None:
+    """PiSSA moves a part of the base into the adapter: without it the base is not whole."""
+    adapter = Adapter(method="lora", r=2, config={"init_lora_weights": "pissa"})
+    made = setup(tmp_path, adapter.wrap(llama()))
+    KlAnchor().prepare(made)
+    assert isinstance(made.reference, Frozen)
+    assert "frozen: switching the trained adapter off changes" in made.notes["reference"]
+    with pytest.raises(RequestError, match=r"'adapter_off' is not the base.*set it to frozen"):
+        KlAnchor(reference="adapter_off").prepare(made)
+
+
+def test_a_copy_that_does_not_fit_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.reference.frozen.free_memory", lambda _device: 1000)
+    with pytest.raises(RequestError, match="does not fit"):
+        KlAnchor().prepare(setup(tmp_path, llama()))
+    KlAnchor(reference="frozen").prepare(setup(tmp_path, llama()))  # asked for by name
+
+
+def test_a_run_reads_the_cache_that_was_built_for_it(
+    here: Path, quick: list[str], holdfast: Any
+) -> None:
+    """The rows are those of the cache, and a cache of other rows is refused before training."""
+    asked = ["--model=tiny", "--data=lesson.jsonl", *quick]
+    built = holdfast("cache", "build", *asked, "--out=stored")
+    assert built.code == 0, built.err
+    cached = "levers.kl_anchor.cache=stored"
+    result = holdfast("train", *asked, "--out=run", cached)
+    assert result.code == 0, result.err
+    files = [here / folder / "data" / "self_generated.json" for folder in ("run", "stored")]
+    assert files[0].read_text() == files[1].read_text()
+    assert "cache: a cache is given" in (here / "run" / "report.html").read_text()
+    other = holdfast("train", *asked, "--out=other", cached, "seed=7")
+    assert other.code == 2
+    assert "is not in it; build it from this run's recipe" in other.err
+    assert not (here / "other").exists()

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_run import ALPHABET, LESSON, llama, tokenizer
 
+import tiny
 from holdfast.data.example import Role
+from holdfast.data.mixer import freeze
 from holdfast.data.mixture import Mixture
+from holdfast.data.rows import Source
 from holdfast.data.stream import Stream
 from holdfast.errors import RequestError
 from holdfast.levers import Setup, StepState, TokenLosses
 from holdfast.levers.replay import Replay
+from holdfast.lineage import Stage
 
 NO_KL = torch.empty(0)
 
@@ -112,6 +118,119 @@ def test_a_weight_of_ones_own() -> None:
     assert (term.weight, term.count) == (0.7, 20)
     assert float(term.sum) == pytest.approx(float(out.nll[80:].sum()))
     assert replay.terms(*losses(replay=0), {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "role"),
+    [
+        ({}, Role.ANCHOR),
+        ({"own_pretraining": True}, Role.REPLAY),
+        ({"own_pretraining": True, "loss": "kl"}, Role.ANCHOR),
+    ],
+)
+def test_its_own_pretraining_data_is_read_as_it_was(
+    tmp_path: Path, setup: Setup, settings: dict[str, Any], role: Role
+) -> None:
+    replay = Replay(sources=[write(tmp_path / "a.jsonl", [9])], **settings)
+    assert {stream.role for stream in replay.streams(setup)} == {role}
+    assert replay.anchored == (role is Role.ANCHOR)
+
+
+def test_skills_and_counterexamples_have_shares_of_their_own(tmp_path: Path, setup: Setup) -> None:
+    """Counterexamples are given their answer whatever the loss on the rest."""
+    asked = [{"prompt": "sum", "completion": "stays"}, {"prompt": "a", "completion": "b"}]
+    rows = tmp_path / "leave.jsonl"
+    rows.write_text("\n".join(map(json.dumps, asked)))
+    corpus = [write(tmp_path / f"{name}.jsonl", [9, 9]) for name in ("code", "talk")]
+    skills = [write(tmp_path / "sums.jsonl", [7])]
+    replay = Replay(
+        sources=corpus,
+        own_pretraining=True,
+        keep={"sources": skills, "fraction": 0.1},
+        counterexamples={"sources": [str(rows)]},
+    )
+    streams = replay.streams(setup)
+    assert {s.name: (round(s.share, 12), s.role) for s in streams} == {
+        "replay/code": (0.1, Role.REPLAY),
+        "replay/talk": (0.1, Role.REPLAY),
+        "keep/sums": (0.1, Role.ANCHOR),
+        "counterexamples/leave": (0.05, Role.REPLAY),
+    }
+    assert replay.share == pytest.approx(0.35)
+    _, mask = streams[-1].fetch(0)
+    assert list(mask) == [False] * 4 + [True] * 6, "BOS and the prompt are given; EOS is learned"
+    # NLL rows are a quarter of the tokens: 0.2 of the corpus and 0.05 of counterexamples
+    assert replay.terms(*losses(), {})["replay"].weight == pytest.approx(0.25 / 0.75)
+    assert setup.notes["replay"].keys() == {*corpus, *skills, str(rows)}
+    alone = Replay(counterexamples={"sources": [str(rows)]})
+    assert (alone.off, alone.anchored, alone.share) == (False, False, 0.05)
+    assert alone.terms(*losses(), {})["replay"].weight == pytest.approx(0.05 / 0.95)
+
+
+def test_a_mixer_gives_the_shares_whatever_the_files_hold(tmp_path: Path, setup: Setup) -> None:
+    sources = [
+        Source(path=write(tmp_path / "code.jsonl", [20, 6, 11])),
+        Source(path=write(tmp_path / "talk.jsonl", [5])),
+    ]
+    file = freeze(sources, None, {"code": 0.1}).write(tmp_path / "mixer.yaml")
+    replay = Replay(mixer=str(file), fraction=0.5)
+    assert shares(replay, setup) == pytest.approx({"replay/code": 0.05, "replay/talk": 0.45})
+    assert [s.path for s in replay.sources_read()] == [s.path for s in sources]
+    assert setup.notes["mixer"] == str(file)
+    counted = freeze(sources, tiny.letters()).write(tmp_path / "counted.yaml")
+    Replay(mixer=str(counted)).streams(setup)
+    assert setup.notes["mixer"] == f"{counted}; its shares were counted with another tokenizer"
+    before = replay.identity()
+    file.write_text(file.read_text().replace("share: 0.9", "share: 0.90000001"))
+    assert replay.identity() != before
+    write(tmp_path / "talk.jsonl", [6])
+    with pytest.raises(RequestError, match=r"mixer\.yaml: '.*talk\.jsonl' is not what was frozen"):
+        replay.streams(setup)
+    assert Replay(**Replay.OFF).sources_read() == []
+
+
+def test_domains_that_a_mixer_was_edited_to_miss(tmp_path: Path, setup: Setup) -> None:
+    file = freeze([Source(path=write(tmp_path / "code.jsonl", [9]))]).write(tmp_path / "m.yaml")
+    file.write_text(file.read_text().replace("  code:\n", "  prose:\n"))
+    with pytest.raises(RequestError, match="its domains and its rows differ in code, prose"):
+        Replay(mixer=str(file)).streams(setup)
+
+
+def test_a_mixer_takes_the_place_of_sources() -> None:
+    with pytest.raises(ValidationError, match="sources and mixer are both given"):
+        Replay(mixer="mixer.yaml", sources=["a.jsonl"])
+
+
+def test_a_domain_of_the_canary_that_is_not_replayed_is_told() -> None:
+    replay, stage = Replay(sources=["a.jsonl"]), Stage("no/where")
+    streams = ["replay/code", "keep/sums"]
+    assert replay.warnings(stage, ["code", "sums"], streams) == []
+    (line,) = replay.warnings(stage, ["code", "latin", "greek"], streams)
+    assert line.startswith("in the canary but not replayed: greek, latin; add rows")
+    assert Replay().warnings(stage, ["latin"], []) == []
+
+
+@pytest.mark.parametrize("kind", ["sources", "keep", "counterexamples", "mixer"])
+def test_no_replayed_row_may_be_in_the_canary(
+    here: Path, quick: list[str], holdfast: Callable[..., Any], kind: str
+) -> None:
+    """Whatever part of the lever reads it."""
+    text = "the quick brown fox jumps over the lazy dog and then it sleeps for a long while"
+    for name in ("old", "held"):
+        rows = [json.dumps({"text": f"{name} one"}), json.dumps({"text": text})]
+        (here / f"{name}.jsonl").write_text("\n".join(rows))
+    given = {
+        "sources": "levers.replay.sources=[old.jsonl]",
+        "keep": "levers.replay.keep.sources=[old.jsonl]",
+        "counterexamples": "levers.replay.counterexamples.sources=[old.jsonl]",
+        "mixer": "levers.replay.mixer=mixer.yaml",
+    }[kind]
+    freeze([Source(path="old.jsonl")]).write(Path("mixer.yaml"))
+    words = ["model=tiny", "data=lesson.jsonl", "canary.sources=[held.jsonl]", *quick]
+    refused = holdfast("train", *words, "out=run", given)
+    assert refused.code == 2
+    assert "old.jsonl line 2: is also in held.jsonl line 2" in refused.err
+    assert not (here / "run").exists()
 
 
 @pytest.mark.parametrize("settings", [{}, {"sources": ["a.jsonl"], "fraction": 0.0}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from transformers import (
 from holdfast.data.example import Example, Role
 from holdfast.data.mixture import Mixture
 from holdfast.data.stream import Stream
-from holdfast.levers import Lever, Memory, Setup, StepState, Term, TokenLosses
+from holdfast.levers import Lever, Memory, Setup, StepState, Term, TokenLosses, wrapped
+from holdfast.levers import levers as known
 from holdfast.levers.adapter import Adapter
 from holdfast.levers.budget import Budget
 from holdfast.levers.kl_anchor import KlAnchor
@@ -103,8 +105,12 @@ def examples(count: int, seed: int, prompt: int = 3) -> list[Example]:
     random = np.random.default_rng(seed)
     lengths = random.integers(6, 21, size=count)
     return [
-        Example(random.integers(0, 62, n).tolist(), [False] * prompt + [True] * (int(n) - prompt))
-        for n in lengths
+        Example(
+            random.integers(0, 62, n).tolist(),
+            [False] * prompt + [True] * (int(n) - prompt),
+            "even" if row % 2 == 0 else "odd",
+        )
+        for row, n in enumerate(lengths)
     ]
 
 
@@ -132,8 +138,9 @@ def tiny_run(
     setup.lesson_tokens = steps * batch_tokens
     extra = [*streams, *(stream for lever in levers for stream in lever.streams(setup))]
     share = 1 - sum(stream.share for stream in extra)
+    parts = [part for lever in levers for part in lever.lesson(LESSON, share)]
     mixture = Mixture(
-        [Stream.of("task", Role.TASK, share, LESSON), *extra],
+        [*(parts or [Stream.of("task", Role.TASK, share, LESSON)]), *extra],
         batch_tokens=batch_tokens,
         seed=seed,
         steps=steps,
@@ -141,6 +148,7 @@ def tiny_run(
         width=24,
         pad_token_id=63,
     )
+    setup.lesson = [stream for stream in mixture.streams if stream.role is Role.TASK]
     settings: dict[str, Any] = {
         "learning_rate": 1e-2,
         "max_steps": steps,
@@ -156,8 +164,7 @@ def tiny_run(
         **PLAIN,
     }
     set_seed(seed)
-    for lever in levers:
-        setup.model = lever.wrap(setup.model)
+    setup.model = wrapped(levers, setup.model)
     for lever in levers:
         lever.prepare(setup)
     for lever in levers:
@@ -192,14 +199,19 @@ class Jolt(Lever):
         return {"jolt": Term(out.nll.sum(), state.totals[Role.TASK], self.factor if hit else 0.0)}
 
 
-def parallel_run(folder: Path, accumulation: int) -> dict[str, Any]:
-    """What came out of a run whose steps are dealt into four, over all processes there are."""
+def parallel_run(folder: Path, accumulation: int, more: Sequence[str] = ()) -> dict[str, Any]:
+    """What came out of a run whose steps are dealt into four, over all processes there are.
+
+    `more` are levers in JSON: {"key": settings}.
+    """
+    chosen = [known()[key](**given) for one in more for key, given in json.loads(one).items()]
     readings: list[Reading] = []
     trainer = tiny_run(
         [
             Adapter(r=2),
             Budget(clip=0.3, warmup=0.0),
             KlAnchor(weight=3.0, self_generated={"rows": 8, "max_new_tokens": 12}),
+            *chosen,
         ],
         folder,
         micro_batches=4,

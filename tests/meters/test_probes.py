@@ -132,7 +132,139 @@ def test_a_reading_a_probe_with_tags_and_clusters() -> None:
     assert (x.clusters, y.clusters) == ({"1": "c", "2": "c"}, {"1": "1"})
 
 
+def test_cloze_is_right_where_each_token_is_the_likeliest() -> None:
+    answer = greedy([tiny.BOS, *ids("cat")], 3)
+    wrong = answer[:2] + ("b" if answer[2] == "a" else "a")
+    items = [
+        Item(id=target, probe="last", kind="cloze", prompt="cat", target=target)
+        for target in (answer, wrong)
+    ]
+    one = reading(items)
+    assert one.items == {answer: 1.0, wrong: 0.0}
+    assert one.unit == "accuracy"
+
+
+@pytest.mark.parametrize("norm", ["none", "characters", "bytes"])
+def test_a_choice_is_normalised_by_its_own_length(norm: Any) -> None:
+    """Without the delimiter; the expected choice is computed from the logits."""
+    choices = ["a", "bcd", "efgh", "xyz12"]
+    scores = []
+    for choice in choices:
+        length = 1 if norm == "none" else len(choice)
+        scores.append(sum(logp([tiny.BOS, *ids("abc")], ids(f" {choice}"))) / length)
+    best = max(range(4), key=scores.__getitem__)
+    item = {"id": "1", "probe": "p", "kind": "choice", "prompt": "abc", "choices": choices}
+    item |= {"delimiter": " ", "norm": norm, "answer": choices[best]}
+    one = reading([Item.model_validate(item)])
+    assert (one.value, one.answers) == (1.0, {"1": choices[best]})
+
+
+def test_choices_may_have_a_prompt_each() -> None:
+    """Winogrande's: the same end after different beginnings."""
+    prompts = ["the cat", "a dog", "12"]
+    scores = [sum(logp([tiny.BOS, *ids(prompt)], ids(" ran"))) for prompt in prompts]
+    best = max(range(3), key=scores.__getitem__)
+    item = Item(
+        id="1",
+        probe="p",
+        kind="choice",
+        prompt="",
+        prompts=prompts,
+        choices=[" ran"] * 3,
+        answer=best,
+        norm="none",
+    )
+    assert reading([item]).value == 1.0
+    assert reading([item.model_copy(update={"answer": (best + 1) % 3})]).value == 0.0
+
+
+def test_a_stop_string_that_begins_in_the_prompt_ends_no_answer() -> None:
+    """As in lm-eval; transformers' own criterion would end it after its first token."""
+    answer = greedy([tiny.BOS, *ids("cat")], 4)
+    item = Item(
+        id="1",
+        probe="p",
+        kind="exact",
+        prompt="cat",
+        target=answer,
+        stop=[f"t{answer[0]}"],
+        max_new_tokens=4,
+    )
+    assert reading([item]).answers == {"1": answer}
+
+
+def test_examples_to_practise_on_are_not_read() -> None:
+    first = Item(id="1", probe="p", kind="nll", prompt="a", target="b")
+    other = Item(id="2", probe="p", kind="nll", prompt="a", target="c", tags=["recovery"])
+    (one,) = read_probes(MODEL, TOKENIZER, [first, other], 0)
+    assert list(one.items) == ["1"]
+    assert read_probes(MODEL, TOKENIZER, [other], 0) == []
+
+
+def test_code_is_run_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the sandbox is the prompt with its answer, and the tests."""
+    from holdfast.meters import sandbox
+
+    answer = greedy([tiny.BOS, *ids("cat")], 4)
+    item = Item(
+        id="1",
+        probe="p",
+        kind="code",
+        prompt="cat",
+        tests="assert cat",
+        stop=["\n\n"],
+        max_new_tokens=4,
+    )
+    with pytest.raises(RequestError, match=r"item '1' of 'p': a code item .* run_generated_code"):
+        read_probes(MODEL, TOKENIZER, [item], 0)
+    seen = []
+
+    def run_all(jobs: Any, *, allowed: bool) -> Any:
+        assert allowed
+        seen.extend(jobs)
+        return [sandbox.Outcome(True, "") for _ in jobs]
+
+    monkeypatch.setattr(sandbox, "run_all", run_all)
+    (one,) = read_probes(MODEL, TOKENIZER, [item], 0, run_generated_code=True)
+    assert seen == [(f"cat{answer}", "assert cat")]
+    assert (one.value, one.answers) == (1.0, {"1": answer})
+
+
+def test_an_item_longer_than_the_context_is_named_by_its_line(tmp_path: Path) -> None:
+    """The tiny model takes 64 tokens, BOS among them; the last token is not read."""
+    fits = {"id": "1", "probe": "p", "kind": "nll", "prompt": "a" * 60, "target": "bbbb"}
+    rows = [fits, fits | {"id": "2", "target": "bbbbb"}, fits | {"id": "3", "target": "b" * 9}]
+    file = tiny.jsonl(tmp_path / "items.jsonl", rows)
+    with pytest.raises(RequestError) as caught:
+        read_probes(MODEL, TOKENIZER, load_items([str(file)]), 0)
+    second, third = caught.value.problems
+    assert f"{file} line 2: 65 tokens do not fit the model's context of 64" in second
+    assert f"{file} line 3: 69 tokens" in third
+    written = [{"id": "1", "probe": "q", "kind": "exact", "prompt": "a" * 40, "target": "b"}]
+    file = tiny.jsonl(tmp_path / "written.jsonl", written)
+    with pytest.raises(RequestError, match=r"line 1: 72 tokens with an answer of 32 .*max_new"):
+        read_probes(MODEL, TOKENIZER, load_items([str(file)]), 0)
+
+
+@pytest.mark.parametrize("kind", ["exact", "nll"])
+def test_a_model_of_nan_is_refused(kind: Any) -> None:
+    model = tiny.tiny("Llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    item = Item(id="1", probe="p", kind=kind, prompt="a", target="b")
+    with pytest.raises(RequestError, match="not numbers"):
+        read_probes(model, TOKENIZER, [item], 0)
+
+
 # ---- reading the files
+
+
+def test_the_examples_of_the_page_are_sound(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "probes.md"
+    file = tmp_path / "items.jsonl"
+    file.write_text(page.read_text(encoding="utf-8").split("```")[1].strip(), encoding="utf-8")
+    kinds = ["exact", "choice", "cloze", "number", "format", "code", "nll"]
+    assert [item.kind for item in load_items([str(file)])] == kinds
 
 
 GOOD = {"id": "1", "probe": "p", "kind": "nll", "prompt": "a", "target": "b"}
@@ -161,6 +293,32 @@ def test_items_are_read_from_several_files(tmp_path: Path) -> None:
         ({"kind": "choice", "choices": ["a", "b"], "answer": 2}, "2 is not an index"),
         ({"kind": "choice", "choices": ["a", "b"], "answer": -1}, "-1 is not an index"),
         ({"kind": "choice", "choices": ["a", "b"]}, "None is not an index"),
+        (
+            {"kind": "choice", "choices": ["a", "b"], "answer": "c"},
+            "'c' is not among the choices 'a', 'b'",
+        ),
+        (
+            {"kind": "choice", "choices": ["a", "a "], "answer": "a"},
+            "'a' is more than once among the choices",
+        ),
+        ({"kind": "choice", "choices": ["a", ""], "answer": 0}, "one is empty"),
+        (
+            {"kind": "choice", "choices": ["a", "b"], "answer": 0, "prompts": ["x"]},
+            "prompts: 1 for 2 choices",
+        ),
+        ({"choices": ["a", "b"]}, "choices: a nll item has none"),
+        ({"target": ["b", "c"]}, "target: a nll item has one"),
+        ({"kind": "cloze", "target": None}, "target: a cloze item needs one"),
+        ({"kind": "number", "target": "many"}, "'many' is no number"),
+        ({"kind": "format"}, "checks: a format item needs one"),
+        ({"kind": "format", "checks": [{"check": "rhyme"}]}, "checks"),
+        (
+            {"kind": "format", "checks": [{"check": "json", "json_schema": {"type": "int"}}]},
+            "no JSON Schema",
+        ),
+        ({"kind": "code"}, "tests: a code item needs some"),
+        ({"kind": "exact", "extract": {"pattern": "("}}, "no regular expression"),
+        ({"kind": "exact", "compare": {"ignore": ["["]}}, "no regular expression"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"stop": [""]}, "stop"),
         ({"tags": ["nice"]}, "tags"),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from holdfast import decode
 from holdfast.meters import scoring
 from holdfast.meters.scoring import Scored, greedy, mean_nlls
 
@@ -56,7 +57,7 @@ def test_mean_nlls_are_those_of_each_text_alone(drawn: Any, budget: int, name: s
 def test_batches_hold_each_text_once_and_stay_within_the_budget(
     lengths: list[int], budget: int
 ) -> None:
-    batches = list(scoring._batches(lengths, budget))
+    batches = list(scoring.token_batches(lengths, budget))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
@@ -86,12 +87,12 @@ def alone(model: Any, prompt: list[int], length: int) -> str:
     return text
 
 
-@pytest.mark.parametrize("budget", [40, 10_000])
+@pytest.mark.parametrize("slots", [2, 256])
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_the_likeliest_token_whatever_stands_beside_it(
-    name: str, budget: int, monkeypatch: pytest.MonkeyPatch
+    name: str, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", budget)
+    monkeypatch.setattr(decode, "MOST_SLOTS", slots)
     model = MODELS[name]
     answers = greedy(model, TOKENIZER, PROMPTS, max_new_tokens=8, stop=[])
     assert answers == [alone(model, prompt, 8) for prompt in PROMPTS]

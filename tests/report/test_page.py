@@ -182,7 +182,7 @@ def test_canaries_are_drawn_against_their_first_reading(run):
     values = [r["value"] for r in run.readings if r["meter"] == "canary" and r["name"] == "web"]
     assert web["y"][0] == 0
     assert web["y"][-1] == pytest.approx(100 * (values[-1] / values[0] - 1))
-    assert web["error_y"]["array"][0] == pytest.approx(100 * 0.0012 * 2.8 / values[0])
+    assert web["error_y"]["array"][0] == pytest.approx(1.96 * 100 * 0.0012 * 2.8 / values[0])
     assert "margin 1%" in json.dumps(canary.spec["layout"])
 
 

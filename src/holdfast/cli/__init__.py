@@ -4,6 +4,12 @@
     preflight.py   everything that can be checked before torch is imported
     starter.py     the recipe that `holdfast init` writes, generated from the schema
     batches.py     what `holdfast show-batch` shows
+    check.py       what `holdfast check-data` finds
+    evaluate.py    `holdfast eval`, `holdfast compare`: checkpoints that other tools made
+    rewind.py      `holdfast rewind`: back towards the base
+    theory.py      what `holdfast theory` shows
+    mixer.py       `holdfast mixer`: freeze and show the mix that a model replays
+    probes.py      `holdfast probes`: freeze, check and show probe items
 
 `main` turns whatever went wrong into lines and an exit code (docs/exit-codes.md). Importing this
 package imports neither torch nor pydantic: `holdfast --help` must be instant.

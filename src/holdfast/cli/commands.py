@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from holdfast.cli.cache import app as cache
+from holdfast.cli.evaluate import compare, evaluate
+from holdfast.cli.mixer import app as mixer
+from holdfast.cli.probes import app as probes
+from holdfast.cli.rewind import rewind
 from holdfast.errors import RequestError
 
 if TYPE_CHECKING:
@@ -26,6 +31,12 @@ app = typer.Typer(
 )
 lab = typer.Typer(help="A tiny base model, and files to try things with.")
 app.add_typer(lab, name="lab")
+app.add_typer(cache, name="cache")
+app.add_typer(mixer, name="mixer")
+app.add_typer(probes, name="probes")
+app.command("eval")(evaluate)
+app.command("compare")(compare)
+app.command("rewind")(rewind)
 
 RecipeAndWords = Annotated[
     list[str] | None,
@@ -118,6 +129,34 @@ def validate(settings: RecipeAndWords = None, as_json: AsJson = False) -> None:
     print(_json(found.as_dict()) if as_json else "\n".join([*found.lines(), "all is well"]))
 
 
+@app.command("check-data")
+def check_data(
+    settings: RecipeAndWords = None,
+    model: Annotated[str | None, typer.Option(help="The base: a folder or hub id.")] = None,
+    data: Annotated[str | None, typer.Option(help="The lesson: a file, folder or hub id.")] = None,
+    no_model: Annotated[
+        bool, typer.Option("--no-model", help="Leave out what only the base can tell.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look at a lesson before training; change nothing.
+
+    Finds repeated and unusable rows, skew, refusals, rows the base knows, and rows that are also
+    in the canary or a probe. Without a model, what needs one is left out. Exit codes: 0 nothing
+    is an error, 2 rows that training refuses.
+    """
+    with_model = not no_model and (model is not None or _names_model(settings))
+    recipe = _load(settings, model=model if with_model else "none", data=data)
+    from holdfast.cli.check import check_data as look
+
+    found = look(recipe, _console(as_json), with_model=with_model)
+    if as_json:
+        print(_json(found.as_dict()))
+    else:
+        found.show(_console(False))
+    raise typer.Exit(found.exit_code)
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
@@ -165,6 +204,35 @@ def demo(
     raise typer.Exit(run_demo(out, _console(False)))
 
 
+@app.command()
+def theory(
+    learnt: Annotated[
+        float, typer.Option(help="Share of the lesson learnt, at which levers are compared.")
+    ] = 0.84,
+    draws: Annotated[int, typer.Option(min=1, help="Random pairs of tasks to compare on.")] = 50,
+    dim: Annotated[int, typer.Option(min=1, max=256, help="Parameters of a random pair.")] = 16,
+    overlap: Annotated[
+        float, typer.Option(min=0, max=1, help="1: both losses of a pair are curved alike.")
+    ] = 0.5,
+    fisher_noise: Annotated[
+        float, typer.Option(min=0, max=5, help="Error of EWC's Fisher, as a spread of its log.")
+    ] = 1.0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Predict what each lever forgets, from two quadratic losses.
+
+    docs/theory.md says what the model is, and what it cannot know.
+    """
+    from holdfast.cli.theory import Draws, print_theory, theory_tables
+
+    found = theory_tables(learnt, Draws(draws, dim, overlap, fisher_noise, seed))
+    if as_json:
+        print(_json(found))
+    else:
+        print_theory(found, _console(False))
+
+
 @lab.command("pretrain")
 def lab_pretrain(
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.")],
@@ -209,6 +277,15 @@ def _load(settings: list[str] | None, **options: str | None) -> Recipe:
 
     words = list(settings or ())
     return load_recipe(words.pop(0) if _names_recipe(words) else None, words, **options)
+
+
+def _names_model(settings: list[str] | None) -> bool:
+    """Whether a recipe or a word says which model."""
+    from holdfast.recipe import read_yaml
+
+    words = list(settings or ())
+    given = read_yaml(Path(words.pop(0))) if _names_recipe(words) else {}
+    return "model" in given or any(word.startswith(("model=", "model.")) for word in words)
 
 
 def _names_recipe(settings: list[str] | None) -> bool:

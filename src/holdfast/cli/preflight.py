@@ -12,6 +12,7 @@ from holdfast.artifact import RunFolder
 from holdfast.data.readers import local_path
 from holdfast.data.rows import RowSummary, Source, check_rows
 from holdfast.errors import RequestError
+from holdfast.lineage import locate
 from holdfast.meters.probes import load_items
 from holdfast.model import check_folder
 from holdfast.recipe import Recipe
@@ -64,10 +65,12 @@ def preflight(recipe: Recipe, *, resume: bool = False) -> Preflight:
             problems.extend(error.problems)
 
     attempt(partial(check_folder, recipe.model))
+    attempt(partial(_check_reference, recipe))
     attempt(partial(_check_out, Path(recipe.out), resume))
+    attempt(recipe.levers.replay.check_mixer)
     groups: list[tuple[str, Sequence[Source]]] = [
         ("data", recipe.data.sources),
-        ("levers.replay", () if recipe.levers.replay.off else recipe.levers.replay.sources),
+        ("levers.replay", attempt(recipe.levers.replay.sources_read) or ()),
         ("canary", recipe.canary.sources),
     ]
     sources = [attempt(partial(_check, name, source)) for name, group in groups for source in group]
@@ -81,6 +84,19 @@ def _check(field: str, source: Source) -> Checked:
     sampled = local_path(source.path) is None
     rows = check_rows(source, need_response=field == "data", max_rows=HUB_ROWS if sampled else None)
     return Checked(field, source.path, rows, sampled)
+
+
+def _check_reference(recipe: Recipe) -> None:
+    """The stage or the cache that the anchor names."""
+    anchor = recipe.levers.kl_anchor
+    if not anchor.weight:
+        return
+    if anchor.cache is not None:
+        from holdfast.reference.cache import Manifest
+
+        Manifest.read(Path(anchor.cache))
+    elif anchor.source(adapter=False)[0] == "stage":
+        locate(anchor.reference, field="levers.kl_anchor.reference")
 
 
 def _check_out(out: Path, resume: bool) -> None:

@@ -29,15 +29,16 @@ def fingerprint(
     """
     inputs = {
         "version": _VERSION,
-        "sources": [_of_source(source) for source in sources],
-        "tokenizer": _of_tokenizer(tokenizer),
+        "sources": [of_source(source) for source in sources],
+        "tokenizer": of_tokenizer(tokenizer),
         "max_length": max_length,
     }
     text = json.dumps(inputs, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Plain values that change if the tokenizer would make other tokens of a text or a chat."""
     if tokenizer.is_fast:
         vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
         vocabulary.pop("truncation", None)  # the state of the last call, not of the tokenizer
@@ -51,7 +52,8 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     }
 
 
-def _of_source(source: Source) -> dict[str, object]:
+def of_source(source: Source) -> dict[str, object]:
+    """Plain values that change if what is read of a source does; not if it is moved."""
     settings = source.model_dump(include={"split", "name", "domain", "limit"})
     local = local_path(source.path)
     if local is not None:

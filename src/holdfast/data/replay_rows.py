@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,29 @@ def domain_streams(
     fraction: float,
     role: Role,
     folder: Path,
+    *,
+    kind: str = "replay",
+    shares: Mapping[str, float] | None = None,
 ) -> tuple[list[Stream], dict[str, Any]]:
     """Tokenize the sources and split `fraction` of the tokens over their domains.
 
     A domain's share is in proportion to the `proportion` of its sources; sources without one
     count by their tokens, so that, with none given, the corpus is replayed as it is mixed.
 
+    Args:
+        sources: rows of any format.
+        tokenizer: the model's.
+        max_length: longest row in tokens.
+        fraction: of each step's tokens, for all of the sources together.
+        role: what the loss on their rows is for.
+        folder: tokenized rows are kept there.
+        kind: what the streams' names begin with, and errors name as levers.replay's setting.
+        shares: of each domain, from a mixer file; they sum to one.
+
     Returns:
         The streams, and for the report what became of the rows of each source.
     """
+    field = f"levers.replay.{kind}.sources".replace("replay.replay", "replay")
     domains: dict[str, list[Any]] = {}
     weights: dict[str, float] = {}
     report: dict[str, Any] = {}
@@ -42,14 +56,14 @@ def domain_streams(
             iter_rows(source), tokenizer, max_length=max_length, cache_dir=folder, fingerprint=key
         )
         if not counts.tokens:
-            raise RequestError(f"levers.replay.sources: '{source.path}' has no rows to replay")
+            raise RequestError(f"{field}: '{source.path}' has no rows to replay")
         report[source.path] = counts.as_dict()
         encoded.append((source, rows, counts.tokens))
     given = [source.proportion is not None for source in sources]
     if any(given) and not all(given):
         missing = sources[given.index(False)].path
         raise RequestError(
-            f"levers.replay.sources: '{missing}' has no proportion but another source has; give "
+            f"{field}: '{missing}' has no proportion but another source has; give "
             "all of them one, such as 1.0, or none"
         )
     for source, rows, tokens in encoded:
@@ -63,10 +77,19 @@ def domain_streams(
             weights[name] = weights.get(name, 0.0) + weight * part
     from datasets import concatenate_datasets
 
+    if shares is not None and (other := shares.keys() ^ weights.keys()):
+        raise RequestError(
+            f"levers.replay.mixer: its domains and its rows differ in {', '.join(sorted(other))}; "
+            "freeze it again with `holdfast mixer freeze`"
+        )
     total = sum(weights.values())
+    parts_of = {name: weight / total for name, weight in weights.items()}
     streams = [
         Stream.of(
-            f"replay/{name}", role, fraction * weights[name] / total, concatenate_datasets(parts)
+            f"{kind}/{name}",
+            role,
+            fraction * (parts_of if shares is None else shares)[name],
+            concatenate_datasets(parts),
         )
         for name, parts in sorted(domains.items())
     ]

@@ -24,7 +24,16 @@ from holdfast.data.row_checks import RowFormat, characters, formats_of, ignored_
 from holdfast.errors import RequestError
 from holdfast.section import Section
 
-__all__ = ["Row", "RowFormat", "RowSummary", "Source", "check_rows", "iter_rows"]
+__all__ = [
+    "Row",
+    "RowFormat",
+    "RowSummary",
+    "Source",
+    "Unsound",
+    "check_rows",
+    "iter_rows",
+    "read_rows",
+]
 
 
 def _or_a_path(schema: dict[str, Any]) -> None:
@@ -72,6 +81,15 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Unsound:
+    """One row that cannot be used."""
+
+    where: str
+    problems: tuple[str, ...]
+    """What is wrong with it, and how to mend it."""
+
+
+@dataclass(frozen=True)
 class RowSummary:
     """What a sound source holds."""
 
@@ -87,10 +105,18 @@ class RowSummary:
 
 def iter_rows(source: Source) -> Iterator[Row]:
     """The rows of a source, one by one; a RequestError names the first unsound one."""
+    for row in read_rows(source, need_response=False):
+        if isinstance(row, Unsound):
+            raise RequestError(*(f"{row.where}: {problem}" for problem in row.problems))
+        yield row
+
+
+def read_rows(source: Source, *, need_response: bool) -> Iterator[Row | Unsound]:
+    """The rows of a source, one by one, sound or not; see `check_rows` for `need_response`."""
     for where, record in _records(source):
-        problems = _problems(record, need_response=False)
-        if problems:
-            raise RequestError(*(f"{where}: {problem}" for problem in problems))
+        if problems := _problems(record, need_response=need_response):
+            yield Unsound(where, tuple(problems))
+            continue
         assert isinstance(record, dict)
         yield Row(where, record, formats_of(record)[0], record.get("domain") or source.domain)
 

@@ -53,8 +53,7 @@ class Stream:
             return cls(name, role, share, np.array(lengths, np.int64), partial(_example, rows))
         import pyarrow.compute as pc
 
-        column = rows.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-        sizes = pc.list_value_length(column).to_numpy().astype(np.int64)
+        sizes = pc.list_value_length(_arrow(rows, "input_ids")).to_numpy().astype(np.int64)
         return cls(name, role, share, sizes, partial(_record, rows))
 
     @property
@@ -102,6 +101,34 @@ class Line:
             while len(self._epochs) > _EPOCHS_KEPT:
                 del self._epochs[next(iter(self._epochs))]
         return self._epochs[epoch]
+
+
+def column(rows: Sequence[Example] | Dataset, name: str) -> list[Any]:
+    """One field of every row."""
+    if isinstance(rows, Sequence):
+        return [getattr(row, name) for row in rows]
+    return list(rows[name])
+
+
+def some_of(
+    rows: Sequence[Example] | Dataset, chosen: Sequence[int]
+) -> Sequence[Example] | Dataset:
+    """The rows of these numbers, in this order."""
+    return [rows[i] for i in chosen] if isinstance(rows, Sequence) else rows.select(chosen)
+
+
+def learned(rows: Sequence[Example] | Dataset) -> int:
+    """Tokens of all rows that are learned."""
+    if isinstance(rows, Sequence):
+        return sum(sum(row.loss_mask) for row in rows)
+    import pyarrow.compute as pc
+
+    found: int = pc.sum(pc.list_flatten(_arrow(rows, "loss_mask"))).as_py()
+    return found
+
+
+def _arrow(rows: Dataset, name: str) -> Any:
+    return rows.select_columns(name).with_format("arrow")[:][name]
 
 
 def _stable_hash(name: str) -> int:

@@ -65,10 +65,11 @@ DEFAULT_MARGINS = {
     "control": "5%",
     "accuracy": "2pt",
     "nats": "5%",
+    "bits per byte": "5%",
 }
-"""What holds where the recipe says nothing. The last two stand for any probe of that unit."""
+"""What holds where the recipe says nothing. The last three stand for any reading of that unit."""
 
-UNIT_OF = {"accuracy": "pt", "nats": "%"}
+UNIT_OF = {"accuracy": "pt", "nats": "%", "bits per byte": "%"}
 """Which margins a reading of a unit takes: points for accuracies, percent for losses."""
 
 
@@ -139,4 +140,4 @@ def candidate_keys(meter: str, name: str, unit: str, tags: tuple[str, ...] = ())
 
 def lower_is_better(unit: str) -> bool:
     """Losses should fall; accuracies should rise."""
-    return unit == "nats"
+    return unit in ("nats", "bits per byte")

@@ -49,7 +49,7 @@ def show_margin(row: Row) -> str:
     """The margin as the recipe writes it, and for a loss in nats as well; a target must rise."""
     if row.kind == "target" and row.margin is None:
         return "must rise" if row.decisive else "should rise"
-    if row.margin is not None and row.unit == "nats":
+    if row.margin is not None and lower_is_better(row.unit):
         return f"{row.margin_text} ({row.margin:.4f})"
     return row.margin_text or "—"
 
@@ -86,7 +86,8 @@ def _size(value: float, row: Row) -> str:
     size = show_difference(abs(value), row.unit).lstrip("+")
     if row.unit == "accuracy":
         return size
-    return f"{size} nats ({abs(value) / row.before:.2%})" if row.before else f"{size} nats"
+    size = f"{size} {row.unit}"
+    return f"{size} ({abs(value) / row.before:.2%})" if row.before else size
 
 
 def _more(row: Row) -> str:

@@ -18,6 +18,8 @@ from holdfast.lab.lesson import lesson_probes, lesson_rows
 
 LESSON_ROWS = 600
 PROBE_ITEMS = 200
+ARITHMETIC_ITEMS = 400
+"""One wrong digit is a wrong answer: the most fragile probe, so more items to decide on it."""
 CANARIES = 40
 REPLAY_DOCUMENTS = 400
 _FRESH = 1_000_000
@@ -51,7 +53,10 @@ def probe_items(seed: int) -> list[Item]:
     items = [
         item
         for name, domain in DOMAINS.items()
-        for item in domain.probes(Random(f"probes/{name}/{seed}"), PROBE_ITEMS)
+        for item in domain.probes(
+            Random(f"probes/{name}/{seed}"),
+            ARITHMETIC_ITEMS if name == "arithmetic" else PROBE_ITEMS,
+        )
     ]
     return items + lesson_probes(seed=seed)
 

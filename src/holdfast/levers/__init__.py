@@ -3,10 +3,16 @@
 A lever is a frozen recipe section that overrides the hooks it needs, in path order:
 
     arguments    before training     entries for transformers.TrainingArguments
+    optimizer    before training     an optimizer class that transformers does not offer
     wrap         before training     the model with its trainable part restricted
     streams      before training     extra streams for the mixture
+    lesson       before training     the lesson as several streams
     prepare      before training     what it must know of the start (reference, weights)
     kl_roles     before training     tokens that need the divergence from the base
+    entropy_over before training     tokens of the lesson's distribution whose entropy it needs
+    kl_rows      every micro-batch   rows of it that need it in this step
+    hidden       every micro-batch   the last hidden states, computed in another way
+    token_weights every micro-batch  what each token of the lesson counts in the lesson's own term
     terms        every micro-batch   {name: Term}, added to the loss by the step, never by the lever
     before_step  gradients ready     may refuse the step
     after_step   weights moved       may move them back (a cap)
@@ -26,11 +32,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from holdfast.data.example import Role
+from holdfast.data.example import Example, Role
+from holdfast.errors import RequestError
 from holdfast.section import Section
 
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from holdfast.data.mixture import Stream
@@ -64,6 +72,8 @@ class Setup:
     max_length: int
     lesson_tokens: int = 0
     """Tokens of lesson text a whole run will read, epochs counted."""
+    lesson: Sequence[Stream] = ()
+    """The lesson's streams, once `prepare` is called."""
     reference: Reference | None = None
     """Where the base's hidden states come from; set by the lever that needs them."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +92,10 @@ class TokenLosses:
     nll_roles: torch.Tensor
     kl: torch.Tensor
     kl_roles: torch.Tensor
+    batch: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The `MicroBatch` that they belong to."""
+    entropy: torch.Tensor | None = None
+    """(N,) entropy over the likeliest tokens, where a lever asked for it; without gradient."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,8 @@ class StepState:
     """Positions of each role in this optimizer step, over all micro-batches and devices."""
     micro_batches: int
     """Micro-batches of this optimizer step over all devices: the count of a weight penalty."""
+    seed: int = 0
+    """The run's; what is drawn in a step is drawn from (seed, step)."""
 
 
 @dataclass
@@ -105,7 +121,10 @@ class StepContext:
     """Global L2 norm of the gradient before clipping."""
     start: Start
     """The weights training began with."""
+    learning_rate: float = 0.0
+    """Of this step."""
     refused: list[str] = field(default_factory=list)
+    """Reasons; a step with one changes nothing."""
 
     def refuse(self, reason: str) -> None:
         """Drop this step: the optimizer sees no gradient and changes nothing."""
@@ -126,8 +145,13 @@ class Lever(Section):
 
     key: ClassVar[str] = ""
     """The file name, which is also the key in the recipe."""
+    wrap_order: ClassVar[int] = 0
+    """Levers wrap the model from the lowest up: what freezes, what adapts, what looks at both."""
     OFF: ClassVar[Mapping[str, Any]] = {}
     """The settings that turn the lever off: what `none` in a recipe means."""
+    reads_losses: ClassVar[bool] = True
+    """Whether `terms` looks at the token losses. False (a penalty on weights) spares it being asked
+    before each forward pass what they will weigh."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -137,6 +161,10 @@ class Lever(Section):
         """Entries for `transformers.TrainingArguments`, given the model's config."""
         return {}
 
+    def optimizer(self, args: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+        """Return an optimizer that transformers does not offer, and its settings, if it is one."""
+        return None
+
     def wrap(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the model with its trainable part restricted."""
         return model
@@ -145,12 +173,38 @@ class Lever(Section):
         """Return extra streams; their shares are taken from the lesson's share of tokens."""
         return ()
 
+    def lesson(self, rows: Sequence[Example] | Dataset, share: float) -> Sequence[Stream]:
+        """Return the lesson's rows as streams whose shares sum to `share`; none: it is one."""
+        return ()
+
     def prepare(self, setup: Setup) -> None:
         """Learn what must be known of the start."""
 
     def kl_roles(self) -> frozenset[Role]:
         """Roles of the positions that need KL to the base."""
         return frozenset()
+
+    def kl_rows(self, input_ids_BW: torch.Tensor, state: StepState) -> torch.Tensor | None:
+        """Rows (B,) of a micro-batch whose `kl_roles` count in this step; None: all of them."""
+        return None
+
+    def hidden(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Return the last hidden states (B, W, H) at every position with a role; None: plainly."""
+        return None
+
+    def entropy_over(self) -> int:
+        """How many of the likeliest tokens `TokenLosses.entropy` is taken over; 0: not needed."""
+        return 0
+
+    def token_weights(
+        self, out: TokenLosses, state: StepState, memory: Memory
+    ) -> torch.Tensor | None:
+        """Return a weight (N,) for each NLL, without gradient; None: 1.
+
+        The lesson's own term is sum weight * nll / (the lesson's tokens in the whole step): a lever
+        that divides by something else has it in its weights. Other terms are not weighed.
+        """
+        return None
 
     def terms(self, out: TokenLosses, state: StepState, memory: Memory) -> dict[str, Term]:
         """Return this lever's part of the loss."""
@@ -181,6 +235,21 @@ def levers() -> dict[str, type[Lever]]:
         ]
         found[module.name] = lever
     return found
+
+
+def wrapped(levers: Sequence[Lever], model: PreTrainedModel) -> PreTrainedModel:
+    """The model as every lever wraps it.
+
+    Raises:
+        RequestError: nothing is left to train.
+    """
+    for lever in sorted(levers, key=lambda lever: lever.wrap_order):
+        model = lever.wrap(model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RequestError(
+            "levers.freeze: nothing is left to train; freeze less, or widen levers.adapter.target"
+        )
+    return model
 
 
 def shared_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

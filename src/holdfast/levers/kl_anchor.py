@@ -1,31 +1,49 @@
 """KL anchor: stay close to the base's distribution on text of the base's kind.
 
 Source: Li & Hoiem 2016 (LwF); on base samples instead of the lesson's tokens: arXiv 2605.26097.
-Equation: weight * mean over anchor positions of KL(base || tuned), full vocabulary.
+Equation: weight * mean over anchor positions of D(base, tuned), full vocabulary; D is forward KL
+unless `divergence` says otherwise.
 Acts on: loss, and the mixture (self-generated anchor rows, sampled from the base at temperature 1).
-Estimator: exact forward KL at each position; positions sampled with the rows.
-Cost: one more forward pass over the anchor rows; generating them once.
+Estimator: exact at each position (a cache: exact on what it lists, and on the rest as a whole);
+positions sampled with the rows. With `share` q below 1 a step or a row has its KL with probability
+q, and it then counts 1 / q: the expected gradient is the same, its variance is not.
+Cost: generating the anchor rows once, and in each step one more forward pass over them, or reading
+a cache; times `share`. The base is the start of this stage: reference/ has a file for each place it
+comes from.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from holdfast.data.example import Role
+from holdfast.divergence import Divergence
+from holdfast.errors import RequestError, did_you_mean
 from holdfast.levers import Lever, Memory, Setup, StepState, Term, TokenLosses, shared_sum
 from holdfast.section import Section
 
 if TYPE_CHECKING:
+    import torch
+
     from holdfast.data.mixture import Stream
+    from holdfast.reference import Reference
+
+Source = Literal["adapter_off", "frozen", "cache", "stage"]
+WORDS = ("auto", "adapter_off", "frozen", "cache")
+ROWS = "self_generated"
+COIN = 0xA5C0
+"""Sets this lever's draws apart from others of the same seed."""
 
 
 class SelfGenerated(Section):
     """Anchor rows that the base writes itself, so that no data of the base's kind is needed."""
 
-    fraction: float = Field(default=0.25, ge=0.0, lt=1.0)
+    fraction: float = Field(default=0.5, ge=0.0, lt=1.0)
     """Share of each step's tokens. 0 turns it off."""
     rows: int | None = Field(default=None, ge=1)
     """Distinct rows to generate; empty: as many as the run reads, at most `max_rows`."""
@@ -35,6 +53,8 @@ class SelfGenerated(Section):
     """Length of a row in tokens; shorter where the model ends or `max_length` cuts."""
     temperature: float = Field(default=1.0, gt=0.0)
     """1 samples the base's own distribution; anything else shifts it."""
+    engine: Literal["auto", "holdfast", "vllm"] = "auto"
+    """What samples. auto: vLLM on CUDA, where it is installed and agrees with the model."""
 
 
 class KlAnchor(Lever):
@@ -42,15 +62,79 @@ class KlAnchor(Lever):
 
     OFF: ClassVar = {"weight": 0.0}
 
-    weight: float = Field(default=10.0, ge=0.0)
+    weight: float = Field(default=20.0, ge=0.0)
     """Weight of the mean KL (nats a token) beside the lesson's mean loss. 0 turns it off."""
+    task_weight: float | None = Field(default=None, gt=0.0)
+    """Weight on the lesson's positions where `on` is both; empty: `weight`."""
     on: Literal["anchor", "task", "both"] = "anchor"
     """anchor: self-generated rows, and replay rows whose loss is kl. task: the lesson's own
     response tokens, as the classic recipe asks for; it fights the lesson."""
+    share: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Part of the steps or rows that have their KL, a random choice of (seed, step); the weight is
+    divided by it. 1: all."""
+    share_of: Literal["steps", "rows"] = "steps"
+    """What `share` chooses. steps: the others pass neither anchor rows nor the base. rows: packed
+    rows of a micro-batch, one by one: less saved where a step has few, but steps are alike."""
+    divergence: Divergence = Divergence()
+    """How the distance from the base is measured."""
     self_generated: SelfGenerated = SelfGenerated()
     """Anchor rows sampled from the base before training."""
-    reference: Literal["auto", "adapter_off", "frozen"] = "auto"
-    """auto: the adapter switched off, or a frozen copy for full fine-tuning."""
+    reference: str = "auto"
+    """Where the base's probabilities come from. adapter_off: the model with this stage's adapter
+    off. frozen: a second copy. cache: see `cache`. A path: another stage (the folder of a run, a
+    model or an adapter), loaded frozen. auto: the cache if one is given, else adapter_off where an
+    adapter is trained, else frozen."""
+    reference_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """What a second copy is held in. auto: bfloat16 on an accelerator, else as the model. int8: a
+    byte a weight of the layers' matrices; its rounding is then part of the divergence."""
+    reference_device: str | None = None
+    """Where a second copy lies and runs, such as cpu or cuda:1; offload: it lies on the CPU and
+    each layer is brought over when it is used. Empty: beside the model."""
+    cache: str | None = None
+    """A folder written by `holdfast cache build`: no second model and no second pass."""
+
+    @field_validator("reference")
+    @classmethod
+    def _word_or_path(cls, value: str) -> str:
+        looks_like_path = "/" in value or value.startswith((".", "~"))
+        if value in WORDS or looks_like_path or Path(value).exists():
+            return value
+        raise ValueError(f"neither a word nor the folder of a stage; {did_you_mean(value, WORDS)}")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.reference == "cache" and self.cache is None:
+            raise ValueError("reference 'cache' needs cache: the folder that was built")
+        if self.cache is not None and self.reference not in ("auto", "cache"):
+            raise ValueError(
+                f"cache is given but reference is '{self.reference}'; give one of them"
+            )
+        if self._copied_as and (self.cache or self.reference == "adapter_off"):
+            raise ValueError(f"{self._copied_as} is for a second copy; give reference: frozen")
+        if self.task_weight is not None and self.on != "both":
+            raise ValueError(f"task_weight is for on: both, not {self.on}; give weight")
+        return self
+
+    @property
+    def _copied_as(self) -> str:
+        """The setting that only a second copy has a use for, if one is given."""
+        if self.reference_dtype != "auto":
+            return "reference_dtype"
+        return "reference_device" if self.reference_device is not None else ""
+
+    def source(self, adapter: bool) -> tuple[Source, str]:
+        """Where the base's probabilities come from, and why, when an adapter is trained or not."""
+        if self.cache is not None:
+            return "cache", "a cache is given"
+        if self.reference in ("adapter_off", "frozen"):
+            return self.reference, "asked for"  # type: ignore[return-value]
+        if self.reference != "auto":
+            return "stage", f"{self.reference} is asked for"
+        if self._copied_as:
+            return "frozen", f"{self._copied_as} asks for a second copy"
+        if adapter:
+            return "adapter_off", "an adapter is trained"
+        return "frozen", "all weights are trained"
 
     def kl_roles(self) -> frozenset[Role]:
         """Anchor positions, lesson positions, or both."""
@@ -60,8 +144,16 @@ class KlAnchor(Lever):
         return frozenset(roles[self.on])
 
     def streams(self, setup: Setup) -> Sequence[Stream]:
-        """Sample the self-generated rows (once; they are kept in the run folder)."""
+        """Sample the self-generated rows (once; they are kept in the run folder).
+
+        A cache is opened here, before the base is wrapped: it knows the base by its weights.
+        """
         fraction = self.self_generated.fraction
+        if self.weight and self.cache is not None:
+            from holdfast.reference.cache import Cached, Identity
+
+            identity = Identity.of(setup.model, setup.tokenizer, self.divergence.temperature)
+            setup.reference = Cached.open(Path(self.cache), identity)
         if self.weight == 0 or self.on == "task" or fraction == 0:
             return ()
         from holdfast.data.self_generated import generate_stream
@@ -72,36 +164,92 @@ class KlAnchor(Lever):
         stream = generate_stream(
             setup.model,
             setup.tokenizer,
-            name="self_generated",
+            name=ROWS,
             share=fraction,
             rows=rows,
             max_new_tokens=length,
             temperature=self.self_generated.temperature,
             seed=setup.seed,
             folder=setup.folder,
+            kept=() if self.cache is None else (Path(self.cache) / "data",),
+            engine=self.self_generated.engine,
+            notes=setup.notes,
         )
         return (stream,)
 
     def prepare(self, setup: Setup) -> None:
-        """Take the base's view: the adapter switched off, or a frozen copy."""
+        """Take the base's view; see `reference`."""
         if self.weight == 0:
             return
-        from holdfast.reference.adapter_off import AdapterOff
-        from holdfast.reference.frozen import Frozen
+        source, why = self.source(hasattr(setup.model, "disable_adapter"))
+        if source == "adapter_off":
+            from holdfast.reference.adapter_off import AdapterOff
 
-        adapter = hasattr(setup.model, "disable_adapter")
-        use_adapter = self.reference == "adapter_off" or (self.reference == "auto" and adapter)
-        setup.reference = AdapterOff(setup.model) if use_adapter else Frozen(setup.model)
+            try:
+                setup.reference = AdapterOff(setup.model)
+            except ValueError as error:
+                if self.reference == "adapter_off":
+                    raise RequestError(
+                        f"levers.kl_anchor.reference: 'adapter_off' is not the base: {error}; set "
+                        "it to frozen"
+                    ) from error
+                source, why = "frozen", str(error)
+        if source in ("frozen", "stage"):
+            setup.reference = self._second(source, setup)
+        setup.notes["reference"] = f"{source}: {why}"
+
+    def _second(self, source: Source, setup: Setup) -> Reference:
+        """A second model."""
+        from holdfast.reference.frozen import Frozen, check_room
+        from holdfast.reference.stage import stage
+
+        held: dict[str, Any] = {"dtype": self.reference_dtype, "device": self.reference_device}
+        if source == "stage":
+            return stage(self.reference, setup.tokenizer, setup.model, **held)
+        if self.reference == "auto":
+            check_room(setup.model, **held)
+        return Frozen.copy_of(setup.model, **held)
+
+    def kl_rows(self, input_ids_BW: torch.Tensor, state: StepState) -> torch.Tensor | None:
+        """The rows (B,) whose KL is taken in this step, by coins that know only seed, step and row.
+
+        A row is known by its tokens, so that the choice is the same on any number of devices.
+        """
+        if self.share == 1:
+            return None
+        import torch
+
+        if self.share_of == "steps":
+            kept = [self._taken(state)] * len(input_ids_BW)
+        else:
+            rows = input_ids_BW.cpu().numpy()
+            digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
+            kept = [self._taken(state, int.from_bytes(digest, "big")) for digest in digests]
+        return torch.tensor(kept, device=input_ids_BW.device)
+
+    def _taken(self, state: StepState, *row: int) -> bool:
+        """The coin of a step, or of a row in it: true with probability `share`."""
+        import numpy as np
+
+        random = np.random.default_rng(np.random.SeedSequence([state.seed, COIN, state.step, *row]))
+        return bool(random.random() < self.share)
 
     def terms(self, out: TokenLosses, state: StepState, memory: Memory) -> dict[str, Term]:
-        """Weight * sum KL / (anchor positions of the whole step)."""
-        roles = self.kl_roles()
-        if not roles:
+        """Weight * sum of the divergence / share / (anchor positions of the whole step).
+
+        There is none in a step that is left out.
+        """
+        if self.share < 1 and self.share_of == "steps" and not self._taken(state):
             return {}
+        weights = dict.fromkeys(self.kl_roles(), self.weight)
+        if self.task_weight is not None and weights:
+            weights[Role.TASK] = self.task_weight
         return {
             f"kl_anchor/{role.name.lower()}": Term(
-                shared_sum(out.kl, out.kl_roles == role), state.totals[role], self.weight
+                shared_sum(out.kl, out.kl_roles == role) / self.share,
+                state.totals[role],
+                weights[role],
             )
-            for role in sorted(roles)
+            for role in sorted(weights)
             if state.totals[role]
         }

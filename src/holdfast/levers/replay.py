@@ -3,46 +3,174 @@
 Source: Robins 1995; 1 % suffices where it is the base's own data (arXiv 2502.06042).
 Equation: ntp adds weight * mean NLL of replay tokens; with the default weight r / (1 - r) the loss
 is the textbook (1 - r) L_lesson + r L_replay, up to a constant factor.
-Acts on: the mixture; the loss when `loss: ntp`.
+Acts on: the mixture; the loss on rows with next-token loss.
 Default loss: kl. Hard labels of a corpus that is not the base's own can be worse than no replay
-(Llama-3.2-1B: 46.0 against 49.1 without, 52.7 for KL on the same text, arXiv 2605.26097).
-Cost: `fraction` of the tokens of each step.
+(Llama-3.2-1B: 46.0 against 49.1 without, 52.7 for KL on the same text, arXiv 2605.26097); of the
+base's own pretraining data they are samples of what it was fitted to, so there ntp is the default.
+Counterexamples are rows of the lesson's kind that it must leave alone. Their right answer is given,
+so they have next-token loss; in the role of replay, not of the lesson: they have a share and a
+weight of their own, and the lesson's loss and readings stay those of the lesson.
+Cost: its fractions of the tokens of each step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from holdfast.data.example import Role
+from holdfast.data.mixer import Mixer, mixer_of, read_mixer, tokenizer_digest
 from holdfast.data.rows import Source
 from holdfast.levers import Lever, Memory, Setup, StepState, Term, TokenLosses, shared_sum
+from holdfast.lineage import Stage
+from holdfast.section import Section
 
 if TYPE_CHECKING:
     from holdfast.data.mixture import Stream
 
 
+class Apart(Section):
+    """Rows with a share of their own, outside the corpus's proportions."""
+
+    sources: list[Source] = Field(default_factory=list)
+    """As in `levers.replay.sources`; empty: none."""
+    fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of each step's tokens. 0 turns it off."""
+
+    @property
+    def share(self) -> float:
+        """Fraction of each step's tokens that is taken."""
+        return self.fraction if self.sources else 0.0
+
+
 class Replay(Lever):
-    """Old data to keep reading. Without `sources` the lever is off."""
+    """Old data to keep reading. Without sources or a mixer the lever is off."""
 
     OFF: ClassVar = {"fraction": 0.0}
 
     sources: list[Source] = Field(default_factory=list)
     """Files, folders or hub ids, with `domain` and `proportion` where there are several."""
+    mixer: str | None = None
+    """A file written by `holdfast mixer freeze`, in place of `sources`. A stage that starts from
+    one with a mixer finds it there by itself, unless sources are given or `replay` is none."""
     fraction: float = Field(default=0.2, ge=0.0, lt=1.0)
     """Share of each step's tokens, exact to within one row over the whole run. 0 turns it off."""
-    loss: Literal["kl", "ntp"] = "kl"
+    loss: Literal["auto", "kl", "ntp"] = "auto"
     """kl: the rows are anchor rows for `kl_anchor`. ntp: next-token loss, for the base's own
-    pretraining data."""
+    pretraining data. auto: ntp where `own_pretraining` says so, else kl."""
+    own_pretraining: bool = False
+    """Whether the corpus is what the base was pretrained on."""
     weight: float | None = Field(default=None, ge=0.0)
-    """Weight of the ntp loss beside the lesson's; empty: fraction / (1 - fraction)."""
+    """Weight of the mean next-token loss (of ntp rows and counterexamples together) beside the
+    lesson's; empty: r / (1 - r), r their share of the tokens."""
+    keep: Apart = Apart()
+    """Curated rows of skills to keep, whatever their part in the corpus; the loss is kl where it is
+    not given, whatever the corpus is."""
+    counterexamples: Apart = Apart()
+    """Rows like the lesson's to which it does not apply, with the answer that stays right; their
+    loss is always ntp."""
+
+    @model_validator(mode="after")
+    def _one_corpus(self) -> Self:
+        if self.mixer is not None and self.sources:
+            raise ValueError("sources and mixer are both given; give one of them")
+        return self
 
     @property
     def off(self) -> bool:
         """True when nothing is replayed."""
-        return not self.sources or self.fraction == 0
+        return self.share == 0
+
+    @property
+    def share(self) -> float:
+        """Fraction of each step's tokens that is taken from the lesson."""
+        return self._corpus + self.keep.share + self.counterexamples.share
+
+    @property
+    def anchored(self) -> bool:
+        """Whether some rows are for `kl_anchor`."""
+        return any(share and role is Role.ANCHOR for _, share, role in self._kinds())
+
+    @property
+    def _corpus(self) -> float:
+        return self.fraction if self.sources or self.mixer else 0.0
+
+    def _kinds(self) -> tuple[tuple[str, float, Role], ...]:
+        """Name, share and role of corpus, skills and counterexamples."""
+        kept = "kl" if self.loss == "auto" else self.loss
+        corpus = "ntp" if self.loss == "auto" and self.own_pretraining else kept
+        roles = {"kl": Role.ANCHOR, "ntp": Role.REPLAY}
+        return (
+            ("replay", self._corpus, roles[corpus]),
+            ("keep", self.keep.share, roles[kept]),
+            ("counterexamples", self.counterexamples.share, Role.REPLAY),
+        )
+
+    def sources_read(self) -> list[Source]:
+        """Every source that is replayed; those of a mixer are read from its file.
+
+        Raises:
+            RequestError: the mixer file cannot be read.
+        """
+        return [source for kind, share, _ in self._kinds() if share for source in self._of(kind)]
+
+    def _of(self, kind: str) -> Sequence[Source]:
+        if kind == "keep":
+            return self.keep.sources
+        if kind == "counterexamples":
+            return self.counterexamples.sources
+        mixer = self._mixer()
+        return self.sources if mixer is None else [source.now for source in mixer.sources]
+
+    def _mixer(self) -> Mixer | None:
+        return None if self.mixer is None else read_mixer(self.mixer)
+
+    def check_mixer(self) -> None:
+        """Raise a RequestError that names each source of the mixer which is not as it was."""
+        if (mixer := self._mixer()) is not None and self._corpus:
+            mixer.check(str(self.mixer))
+
+    def identity(self) -> dict[str, str]:
+        """What of the mixer a run may only be continued with."""
+        if self.mixer is None:
+            return {}
+        return {
+            "mixer_sha256": hashlib.sha256(Path(self.mixer).expanduser().read_bytes()).hexdigest()
+        }
+
+    def inherited(self, stage: Stage) -> Self:
+        """The same with the mixer that came with a stage, where the corpus is left open."""
+        file = None if self.sources or self.mixer or not self.fraction else mixer_of(stage)
+        return self if file is None else self.model_copy(update={"mixer": str(file)})
+
+    def warnings(self, stage: Stage, canary: Iterable[str], streams: Iterable[str]) -> list[str]:
+        """What a user should know of before training.
+
+        Args:
+            stage: where training starts.
+            canary: domains of the canary.
+            streams: names of this lever's streams.
+        """
+        if self.off:
+            return []
+        found = []
+        came = mixer_of(stage)
+        if came is not None and self.sources:
+            found.append(
+                f"the model came with a mixer, '{came}', but levers.replay.sources is given: this "
+                "stage replays another mix"
+            )
+        without = sorted({*canary} - {name.partition("/")[2] for name in streams})
+        if without:
+            found.append(
+                f"in the canary but not replayed: {', '.join(without)}; add rows of these domains "
+                "to levers.replay, or watch their readings"
+            )
+        return found
 
     def streams(self, setup: Setup) -> Sequence[Stream]:
         """One stream a domain, each with its own exact share of the tokens."""
@@ -50,17 +178,37 @@ class Replay(Lever):
             return ()
         from holdfast.data.replay_rows import domain_streams
 
-        role = Role.ANCHOR if self.loss == "kl" else Role.REPLAY
-        streams, report = domain_streams(
-            self.sources, setup.tokenizer, setup.max_length, self.fraction, role, setup.folder
-        )
+        self.check_mixer()
+        mixer = self._mixer()
+        streams: list[Stream] = []
+        report: dict[str, Any] = {}
+        for kind, share, role in self._kinds():
+            if not share:
+                continue
+            found, counts = domain_streams(
+                self._of(kind),
+                setup.tokenizer,
+                setup.max_length,
+                share,
+                role,
+                setup.folder,
+                kind=kind,
+                shares=mixer.shares if mixer is not None and kind == "replay" else None,
+            )
+            streams += found
+            report |= counts
+        if mixer is not None and self._corpus:
+            counted = mixer.tokenizer in (None, tokenizer_digest(setup.tokenizer))
+            other = "" if counted else "; its shares were counted with another tokenizer"
+            setup.notes["mixer"] = f"{self.mixer}{other}"
         setup.notes["replay"] = report
         return streams
 
     def terms(self, out: TokenLosses, state: StepState, memory: Memory) -> dict[str, Term]:
         """Weight * sum NLL / (replay positions of the whole step)."""
-        if self.off or self.loss == "kl" or not state.totals[Role.REPLAY]:
+        share = sum(share for _, share, role in self._kinds() if role is Role.REPLAY)
+        if not share or not state.totals[Role.REPLAY]:
             return {}
-        weight = self.fraction / (1 - self.fraction) if self.weight is None else self.weight
+        weight = share / (1 - share) if self.weight is None else self.weight
         sum_nll = shared_sum(out.nll, out.nll_roles == Role.REPLAY)
         return {"replay": Term(sum_nll, state.totals[Role.REPLAY], weight)}

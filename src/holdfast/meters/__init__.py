@@ -35,9 +35,11 @@ class Reading:
     items: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
     clusters: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
     """item id -> cluster id; items of a cluster are not independent. Empty: each on its own."""
+    answers: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """item id -> what the model answered, where it answers (a generation, the choice it took)."""
 
     def as_record(self) -> dict[str, Any]:
         """The line of `readings.jsonl`: everything but the single items."""
         record = asdict(self)
-        del record["items"], record["clusters"]
+        del record["items"], record["clusters"], record["answers"]
         return record

@@ -1,25 +1,36 @@
 """Canary: cross-entropy on held-out text of the base's kind, by domain; never trained on.
 
 Where the user has no such text, the base writes it before training. The mean rise on the base's
-own samples is then an unbiased estimate of KL(base || tuned) per token.
+own samples is then an unbiased estimate of KL(base || tuned) per token (`kl.py` has it exact).
+
+Bits per byte are bits of the predicted tokens over the bytes of the text that they decode to, so
+they can be compared where tokenizers differ. The end token costs bits and has no bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from holdfast.data.rows import Source
+from holdfast.errors import RequestError
 from holdfast.gate.stats import stderr_of_mean
 from holdfast.meters import Reading, Split
 from holdfast.meters.scoring import Scored, mean_nlls
 from holdfast.section import Section
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OWN_SAMPLES = "base samples"
+"""Domain of the text that the base wrote itself."""
 
 
 class Canary(Section):
@@ -81,3 +92,144 @@ def read_canary(
         )
         for domain, pairs in sorted(by_domain.items())
     ]
+
+
+def read_bits(
+    readings: Sequence[Reading],
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Reading]:
+    """What `read_canary` read, in bits per byte.
+
+    An item is a whole document (a cluster), so that two models whose tokenizers cut it otherwise
+    can be compared pair by pair: bits of all its windows over their bytes.
+
+    Args:
+        readings: in nats; others are passed over.
+        documents: what was read; more of them do no harm.
+        tokenizer: the model's own.
+    """
+    by_id = {(d.domain, d.id): d for d in documents}
+    found = []
+    for reading in readings:
+        if reading.unit != "nats":
+            continue
+        bits: dict[str, float] = defaultdict(float)
+        size: dict[str, int] = defaultdict(int)
+        for key, nats in reading.items.items():
+            doc = by_id[reading.name, key]
+            bits[doc.cluster] += nats * sum(doc.text.loss_mask[1:]) / math.log(2)
+            size[doc.cluster] += predicted_bytes(doc.text, tokenizer)
+        items = {cluster: bits[cluster] / size[cluster] for cluster in bits if size[cluster]}
+        if items:
+            found.append(
+                Reading(
+                    meter=f"{reading.meter}_bits",
+                    name=reading.name,
+                    split=reading.split,
+                    step=reading.step,
+                    value=sum(items.values()) / len(items),
+                    stderr=stderr_of_mean(list(items.values())),
+                    n=len(items),
+                    unit="bits per byte",
+                    items=items,
+                )
+            )
+    return found
+
+
+def predicted_bytes(text: Scored, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Bytes (UTF-8) of the text that the scored tokens add to what stands before them."""
+
+    def upto(stop: int) -> int:
+        decoded: str = tokenizer.decode(
+            text.input_ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return len(decoded.encode())
+
+    mask = [False, *text.loss_mask[1:], False]
+    # where the mask turns on or off; on ones come first
+    turns = [i for i in range(1, len(mask)) if mask[i] != mask[i - 1]]
+    return sum(
+        upto(stop) - upto(start) for start, stop in zip(turns[::2], turns[1::2], strict=True)
+    )
+
+
+def read_rise(before: Sequence[Reading], after: Sequence[Reading]) -> list[Reading]:
+    """How much each domain rose: the mean paired rise over the mean before, and its error.
+
+    Error by the delta method for a ratio of paired means, clustered as the readings are. An item is
+    its own rise over the mean before. For the base's own samples there are also the estimate of
+    KL(base || tuned) in nats a token, and the tuned model's perplexity.
+
+    Raises:
+        RequestError: a domain was read on other documents before than after.
+    """
+    then = {(r.meter, r.name, r.split): r for r in before}
+    found = []
+    for now in after:
+        base = then.get((now.meter, now.name, now.split))
+        if base is None or not base.items:
+            continue
+        if base.items.keys() != now.items.keys():
+            raise RequestError(
+                f"{now.meter}: '{now.name}' was read on {len(base.items)} documents before and on "
+                f"{len(now.items)} after, not on the same ones; read both models on one file"
+            )
+        clusters = [now.clusters.get(i, i) for i in now.items]
+        rises = {i: value - base.items[i] for i, value in now.items.items()}
+        mean = math.fsum(base.items.values()) / len(rises)
+        ratio = math.fsum(rises.values()) / len(rises) / mean if mean else math.nan
+        rest = [(rise - ratio * base.items[i]) / mean if mean else math.nan
+                for i, rise in rises.items()]  # fmt: skip
+        found.append(
+            _beside(
+                now,
+                "rise",
+                ratio,
+                stderr_of_mean(rest, clusters),
+                "relative",
+                {i: rise / mean if mean else math.nan for i, rise in rises.items()},
+            )
+        )
+        if now.name == OWN_SAMPLES and now.unit == "nats":
+            found += _of_own_samples(now, rises, clusters)
+    return found
+
+
+def _of_own_samples(now: Reading, rises: dict[str, float], clusters: list[str]) -> list[Reading]:
+    values = list(rises.values())
+    kl = math.fsum(values) / len(values)
+    perplexity = _exp(now.value)
+    stderr = None if now.stderr is None else perplexity * now.stderr
+    return [
+        _beside(now, "kl", kl, stderr_of_mean(values, clusters), "nats", rises),
+        _beside(now, "perplexity", perplexity, stderr, "perplexity", {}),
+    ]
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _beside(
+    now: Reading,
+    what: str,
+    value: float,
+    stderr: float | None,
+    unit: str,
+    items: dict[str, float],
+) -> Reading:
+    """Another reading of the same documents; no gate judges it, for it has no tag."""
+    return Reading(
+        meter=f"{now.meter}_{what}",
+        name=now.name,
+        split=now.split,
+        step=now.step,
+        value=value,
+        stderr=stderr,
+        n=now.n,
+        unit=unit,
+        items=items,
+        clusters=now.clusters,
+    )

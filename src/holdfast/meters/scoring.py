@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast import model as models
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 BATCH_TOKENS = 8192
@@ -25,15 +26,20 @@ class Scored:
 
 def mean_nlls(model: Any, texts: Sequence[Scored]) -> list[float]:
     """Mean negative log-likelihood (nats a token) over the masked tokens of each text, in order."""
+    return [float(nll.mean()) if len(nll) else float("nan") for nll in token_nlls(model, texts)]
+
+
+def token_nlls(model: Any, texts: Sequence[Scored]) -> list[torch.Tensor]:
+    """Negative log-likelihood (nats) of each masked token of each text: float64, on the CPU."""
     import torch
 
     from holdfast.objective import token_nll
 
-    result = [0.0] * len(texts)
+    result = [torch.empty(0)] * len(texts)
     training = model.training
     model.eval()
     with torch.inference_mode():
-        for batch in _batches([len(text.input_ids) for text in texts], BATCH_TOKENS):
+        for batch in token_batches([len(text.input_ids) for text in texts], BATCH_TOKENS):
             width = max(len(texts[i].input_ids) for i in batch)
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             mask = torch.zeros(len(batch), width, dtype=torch.bool)
@@ -47,9 +53,9 @@ def mean_nlls(model: Any, texts: Sequence[Scored]) -> list[float]:
             hidden_BWH = models.hidden_states(model, ids, positions)[:, :-1]
             scored = mask[:, 1:]
             nll_N = token_nll(hidden_BWH[scored], models.head(model), ids[:, 1:][scored])
-            parts = torch.split(nll_N.double(), scored.sum(1).tolist())
+            parts = torch.split(nll_N.double().cpu(), scored.sum(1).tolist())
             for i, part in zip(batch, parts, strict=True):
-                result[i] = float(part.mean()) if len(part) else float("nan")
+                result[i] = part
     model.train(training)
     return result
 
@@ -59,33 +65,37 @@ def greedy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop: Sequence[str],
 ) -> list[str]:
-    """Greedy continuation of each prompt (token ids), cut before the first stop string."""
-    result = [""] * len(prompts)
-    for batch in _batches([len(p) + max_new_tokens for p in prompts], BATCH_TOKENS):
-        answers = models.write_on(
-            model,
-            tokenizer,
-            [prompts[i] for i in batch],
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-        )
-        for i, answer in zip(batch, answers, strict=True):
-            text: str = tokenizer.decode(answer, skip_special_tokens=True)
-            for marker in stop:
-                text = text.split(marker, 1)[0]
-            result[i] = text
+    """Greedy continuation of each prompt (token ids), cut before the first stop string in it."""
+    from holdfast.decode import write_on
+
+    result = []
+    for answer in write_on(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        stop_in_prompt=False,
+    ):
+        text: str = tokenizer.decode(answer, skip_special_tokens=True)
+        for marker in stop:
+            text = text.split(marker, 1)[0]
+        result.append(text)
     return result
 
 
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def token_batches(
+    lengths: Sequence[int], budget: int, most_rows: int = 2**31
+) -> Iterator[list[int]]:
     """Indices, longest first, grouped so that rows x longest stays within the budget."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batch: list[int] = []
     for i in order:
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
+        full = batch and lengths[batch[0]] * (len(batch) + 1) > budget
+        if full or len(batch) == most_rows:
             yield batch
             batch = []
         batch.append(i)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holdfast.gate.verdict import GateResult
+    from holdfast.report.frontier import Mark
+    from holdfast.report.items import Changed
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,7 @@ class ReportData:
     verdict: GateResult | None
     """None: no gate ran."""
     readings: list[dict[str, Any]] = field(default_factory=list)
-    """The lines of `readings.jsonl`. Drawn are the meters loss, canary, probe, drift, grad_norm and
-    learning_rate."""
+    """The lines of `readings.jsonl`. A meter read more than once is drawn over the steps."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe."""
     streams: dict[str, Any] = field(default_factory=dict)
@@ -29,6 +30,12 @@ class ReportData:
     summary: dict[str, Any] = field(default_factory=dict)
     """`seconds` (wall time) and `refused_steps` (numbers, or mappings with `step` and `reason`)
     have a place of their own; the rest is listed."""
+    worst: Sequence[Changed] = ()
+    """Items that got worse, with both answers."""
+    about: str = ""
+    """What the page says instead of a verdict where no gate could run."""
+    frontier: Sequence[Mark] = ()
+    """Points between base and tuned that a rewind read."""
 
     def refused_steps(self) -> list[tuple[int, str]]:
         """Steps that were not taken, with why."""

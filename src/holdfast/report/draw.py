@@ -17,6 +17,8 @@ VERDICT_COLOUR = {"PASS": "#2b9a66", "FAIL": "#d64545", "INCONCLUSIVE": "#c98a1b
 MUTED = "#8b95a5"
 
 Trace = dict[str, Any]
+Point = tuple[int, float, float | None]
+"""(step, value, standard error)"""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,7 @@ def two_panels(two: bool, upper: str, lower: str) -> dict[str, Any]:
     return layout
 
 
-def curve(
-    name: str, points: Iterable[tuple[int, float, float | None]], colour: str, axis: str = "y"
-) -> Trace:
+def curve(name: str, points: Iterable[Point], colour: str, axis: str = "y") -> Trace:
     """A line over steps."""
     points = list(points)
     return {
@@ -93,9 +93,9 @@ def of_meter(data: ReportData, meter: str) -> list[dict[str, Any]]:
 
 def series_of(
     data: ReportData, meter: str, *, split: str | None = None, unit: str | None = None
-) -> dict[str, list[tuple[int, float, float | None]]]:
+) -> dict[str, list[Point]]:
     """(step, value, stderr) by name, in order of steps; a step read twice keeps its last value."""
-    found: dict[str, dict[int, tuple[int, float, float | None]]] = {}
+    found: dict[str, dict[int, Point]] = {}
     for reading in of_meter(data, meter):
         if split is not None and reading.get("split") != split:
             continue

@@ -20,17 +20,17 @@ from holdfast.report.draw import (
     Figure,
     Trace,
     curve,
-    faint,
     finite,
     label,
     line_at,
     make_figure,
     natural,
     note_at,
-    of_meter,
     series_of,
     two_panels,
 )
+from holdfast.report.frontier import frontier
+from holdfast.report.trajectories import trajectories
 
 if TYPE_CHECKING:
     from holdfast.gate.verdict import GateResult
@@ -40,11 +40,13 @@ def all_figures(data: ReportData) -> list[Figure]:
     """Every figure there are readings for, in the order of the page."""
     rows = data.verdict
     drawn = [
+        frontier(data.frontier),
         *([changes(rows), accuracies(rows)] if rows else []),
         training_loss(data),
-        over_steps(data, "canary", rows),
-        over_steps(data, "probe", rows),
+        *trajectories(data),
         displacement(data),
+        ranks(data),
+        routing(data),
         optimizer(data),
         token_budget(data),
     ]
@@ -163,66 +165,93 @@ def training_loss(data: ReportData) -> Figure | None:
     return make_figure("loss", "Training loss by term", caption, traces, layout, wide=True)
 
 
-def over_steps(data: ReportData, meter: str, result: GateResult | None) -> Figure | None:
-    """Canaries in percent of their first reading, probes in percent accuracy, over steps."""
-    canary = meter == "canary"
-    unit = "nats" if canary else "accuracy"
-    splits = {r.get("split") for r in of_meter(data, meter)}
-    split = "selection" if "selection" in splits else next(iter(sorted(map(str, splits))), "")
-    series = {
-        name: points
-        for name, points in series_of(data, meter, split=split, unit=unit).items()
-        if len(points) > 1
-    }
-    traces: list[Trace] = []
-    for i, (name, points) in enumerate(series.items()):
-        colour = PALETTE[i % len(PALETTE)]
-        first = points[0][1] if canary else 1.0
-        if not first:
-            continue
-        shift = first if canary else 0.0
-        scaled = [(s, 100 * (v - shift) / first, 100 * (e or 0.0) / first) for s, v, e in points]
-        trace = curve(name, scaled, colour)
-        trace["mode"] = "lines+markers"
-        trace["error_y"] = {
-            "type": "data", "array": [finite(e) for _, _, e in scaled],
-            "thickness": 1, "width": 3, "color": faint(colour),
-        }  # fmt: skip
-        traces.append(trace)
-    layout: dict[str, Any] = two_panels(False, "change, %" if canary else "accuracy, %", "")
-    margins = {r.margin_text for r in result.rows if r.kind == "canary"} if result else set()
-    if canary and len(margins) == 1 and (text := margins.pop()).endswith("%"):
-        layout["shapes"] = [line_at("y", float(text[:-1]))]
-        layout["annotations"] = [note_at("y", float(text[:-1]), f"margin {text}")]
-    of = f"{split} split; bars are one standard error of each reading by itself."
-    if canary:
-        caption = f"Loss on held-out text of the base's kind, against its first reading; {of}"
-        return make_figure("canary", "Canary loss by domain", caption, traces, layout, wide=True)
-    title = "Probes during training"
-    return make_figure("probes", title, f"Accuracy by probe; {of}", traces, layout, wide=True)
-
-
 def displacement(data: ReportData) -> Figure | None:
-    """How far each layer's weights moved, at the last reading."""
-    last = {name: points[-1][1] for name, points in series_of(data, "drift").items()}
+    """How far each layer's weights moved, at the last reading; tensor by tensor without layers."""
+    last = _last(data, "drift")
     total = last.pop("total", None)
-    names = sorted(last, key=natural)
-    trace = {
-        "type": "bar",
-        "x": [escape(name) for name in names],
-        "y": [finite(last[name]) for name in names],
-        "marker": {"color": PALETTE[5]},
-    }
-    layout = {
-        "xaxis": {"type": "category", "showticklabels": len(names) <= 32, "automargin": True},
-        "yaxis": {"title": {"text": "|change| / |start|"}, "rangemode": "tozero"},
-        "showlegend": False,
-        "height": 440,
-    }
+    blocks = _last(data, "drift_block")
     caption = "Norm of the weights' change over the norm of the weights."
     if total is not None:
         caption += f" All together: {total:.3g}."
-    return make_figure("drift", "Displacement by layer", caption, [trace] if names else [], layout)
+    traces = [_bars("", blocks or last, PALETTE[5])] if blocks or last else []
+    layout = _by_layer(blocks or last, "|change| / |start|") | {"showlegend": False}
+    return make_figure("drift", "Displacement by layer", caption, traces, layout)
+
+
+def ranks(data: ReportData) -> Figure | None:
+    """In how many directions each matrix was changed, at the last reading."""
+    kinds = {kind: _last(data, f"{kind}_rank") for kind in ("effective", "stable")}
+    traces = [
+        _bars(f"{kind} rank", values, PALETTE[i])
+        for i, (kind, values) in enumerate(kinds.items())
+        if values
+    ]
+    layout = _by_layer(kinds["effective"] | kinds["stable"], "rank of the change")
+    caption = (
+        "Effective rank: how many directions the change of a matrix has, weighed by their size; "
+        "stable rank: its square norm over that of its largest direction."
+    )
+    return make_figure("ranks", "Rank of the change by matrix", caption, traces, layout)
+
+
+def routing(data: ReportData) -> Figure | None:
+    """How differently each layer of a mixture routes each domain, at the last reading."""
+    series = series_of(data, "routing")
+    domains = [n for n in series if any(other.startswith(f"{n}/") for other in series)]
+    traces: list[Trace] = []
+    layers: dict[str, float] = {}
+    for i, domain in enumerate(domains):
+        last = {
+            name.removeprefix(f"{domain}/"): points[-1]
+            for name, points in series.items()
+            if name.startswith(f"{domain}/")
+        }
+        values = {layer: value for layer, (_, value, _) in last.items()}
+        layers |= values
+        bars = _bars(escape(domain), values, PALETTE[i % len(PALETTE)])
+        errors = [1.96 * (last[layer][2] or 0.0) for layer in sorted(values, key=natural)]
+        bars["error_y"] = {"type": "data", "array": [finite(e) for e in errors], "thickness": 1}
+        traces.append(bars)
+    changed = _last(data, "routing_changed")
+    told = ", ".join(f"{name} {share:.1%}" for name, share in changed.items() if name in domains)
+    caption = (
+        "Jensen-Shannon divergence (nats, at most 0.693) of the experts' shares of tokens, base "
+        "against tuned, with 95 % intervals."
+    )
+    caption += f" Tokens with another set of experts: {told}." * bool(told)
+    layout = _by_layer(layers, "divergence, nats")
+    return make_figure("routing", "Routing changes by layer", caption, traces, layout, wide=True)
+
+
+def _last(data: ReportData, meter: str) -> dict[str, float]:
+    return {name: points[-1][1] for name, points in series_of(data, meter).items()}
+
+
+def _bars(name: str, values: dict[str, float], colour: str) -> Trace:
+    names = sorted(values, key=natural)
+    return {
+        "type": "bar",
+        "name": name,
+        "x": [escape(one) for one in names],
+        "y": [finite(values[one]) for one in names],
+        "marker": {"color": colour},
+    }
+
+
+def _by_layer(values: dict[str, float], unit: str) -> dict[str, Any]:
+    names = [escape(name) for name in sorted(values, key=natural)]
+    return {
+        "xaxis": {
+            "type": "category",
+            "categoryorder": "array",
+            "categoryarray": names,
+            "showticklabels": len(names) <= 32,
+            "automargin": True,
+        },
+        "yaxis": {"title": {"text": unit}, "rangemode": "tozero"},
+        "height": 440,
+        "legend": LEGEND,
+    }
 
 
 def optimizer(data: ReportData) -> Figure | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import yaml
 
 from holdfast.files import write_text
 from holdfast.gate import render
+from holdfast.gate.margins import UNIT_OF
 from holdfast.report.data import ReportData, duration, flat, plain, show
 from holdfast.report.figures import all_figures
+from holdfast.report.trajectories import BY_PART
 
 __all__ = ["ReportData", "write_report"]
 
@@ -19,6 +22,8 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _MARK = {"PASS": "✓", "FAIL": "✗", "INCONCLUSIVE": "?", "NONE": "·"}
 _OWN_PLACE = ("seconds", "refused_steps")
 """Entries of the summary that are not in its list."""
+_NOT_LISTED = ("loss", "grad_norm", "learning_rate", "refused_steps")
+"""Meters of training itself: drawn, not listed."""
 
 
 def write_report(run_dir: Path, data: ReportData) -> Path:
@@ -49,6 +54,8 @@ def render_page(data: ReportData) -> str:
         capabilities=_capabilities(data),
         legend=render.confidence(data.verdict) if data.verdict else "",
         facts=_facts(data),
+        readings=_readings(data),
+        worst=data.worst,
         figures=figures,
         specs=Markup(_inside_script(specs)),
         plotlyjs=Markup(get_plotlyjs()) if figures else "",
@@ -62,7 +69,7 @@ def render_page(data: ReportData) -> str:
 def _sentence(data: ReportData) -> str:
     """The verdict's words without its name, which the page shows as a badge."""
     if data.verdict is None:
-        return "No gate ran: nothing is promised about what this model forgot."
+        return data.about or "No gate ran: nothing is promised about what this model forgot."
     name = str(data.verdict.verdict)
     return data.verdict.reason.removeprefix(f"{name}:").strip()
 
@@ -84,6 +91,41 @@ def _capabilities(data: ReportData) -> list[dict[str, Any]]:
         }
         for row in (data.verdict.rows if data.verdict else ())
     ]
+
+
+def _readings(data: ReportData) -> list[dict[str, Any]]:
+    """The first and the last reading of everything but training's own meters and single tensors."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for reading in data.readings:
+        meter, name = str(reading.get("meter", "")), str(reading.get("name", ""))
+        if meter not in _NOT_LISTED and (meter not in BY_PART or name == "total"):
+            key = (meter, name, str(reading.get("split", "")))
+            found.setdefault(key, []).append(reading)
+    rows = []
+    for (meter, name, split), readings in sorted(found.items()):
+        in_order = sorted(readings, key=lambda r: int(r.get("step", 0)))
+        rows.append(
+            {
+                "meter": meter.replace("_", " "),
+                "name": name,
+                "split": split,
+                "first": _value(in_order[0]) if len(in_order) > 1 else "",
+                "last": _value(in_order[-1]),
+                "unit": in_order[-1].get("unit") or "",
+                "n": show(in_order[-1].get("n")),
+            }
+        )
+    return rows
+
+
+def _value(reading: dict[str, Any]) -> str:
+    value, stderr = reading.get("value"), reading.get("stderr")
+    given = [math.nan if number is None else float(number) for number in (value, stderr)]
+    unit = str(reading.get("unit") or "")
+    if unit in UNIT_OF:
+        return render.show_value(given[0], given[1], unit)
+    error = f" ± {given[1]:.2g}" if math.isfinite(given[1]) else ""
+    return f"{given[0]:.4g}{error}" if math.isfinite(given[0]) else "—"
 
 
 def _facts(data: ReportData) -> list[tuple[str, str]]:

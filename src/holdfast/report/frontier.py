@@ -1,0 +1,119 @@
+"""The frontier of a rewind: what is kept of the target against what the guardrails lose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from holdfast.report.draw import (
+    LEGEND,
+    MUTED,
+    PALETTE,
+    VERDICT_COLOUR,
+    Figure,
+    Trace,
+    finite,
+    line_at,
+    make_figure,
+    note_at,
+)
+
+HEADINGS = ("point", "way", "target kept", "worst guardrail", "fall, in margins", "")
+KINDS = (
+    ("within margin", VERDICT_COLOUR["PASS"], "circle"),
+    ("beyond margin", VERDICT_COLOUR["FAIL"], "x"),
+    ("chosen", PALETTE[0], "star"),
+)
+"""Name, colour and symbol of a point."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One point between base and tuned."""
+
+    name: str
+    way: float
+    """How far it is from the base: 0..1."""
+    target: float | None
+    """Share of what the target gained in all; None where no target was read, or none rose."""
+    worst: float
+    """Largest fall of a guardrail, in margins."""
+    culprit: str
+    kept: bool
+    chosen: bool
+
+    @property
+    def kind(self) -> str:
+        """A name of `KINDS`."""
+        return "chosen" if self.chosen else "within margin" if self.kept else "beyond margin"
+
+    def cells(self) -> tuple[str, ...]:
+        """The point under `HEADINGS`."""
+        return (
+            self.name,
+            f"{self.way:.1%}",
+            "—" if self.target is None else f"{self.target:.1%}",
+            self.culprit,
+            f"{self.worst:+.2f}",
+            self.kind,
+        )
+
+
+def frontier(marks: Sequence[Mark]) -> Figure | None:
+    """Target kept against the worst guardrail; without a target, the way gone stands for it."""
+    if not marks:
+        return None
+    by_target = all(mark.target is not None for mark in marks)
+    xs = [100 * (mark.target if by_target and mark.target is not None else mark.way)
+          for mark in marks]  # fmt: skip
+    traces: list[Trace] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "way",
+            "x": xs,
+            "y": [finite(mark.worst) for mark in marks],
+            "line": {"width": 1, "color": MUTED},
+            "showlegend": False,
+            "hoverinfo": "skip",
+        }
+    ]
+    for name, colour, symbol in KINDS:
+        mine = [(x, mark) for x, mark in zip(xs, marks, strict=True) if mark.kind == name]
+        if mine:
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers+text",
+                    "name": name,
+                    "x": [x for x, _ in mine],
+                    "y": [finite(mark.worst) for _, mark in mine],
+                    "text": [escape(mark.name) for _, mark in mine],
+                    "textposition": "top center",
+                    "hovertext": [escape(mark.culprit) for _, mark in mine],
+                    "marker": {
+                        "size": 14 if name == "chosen" else 9,
+                        "color": colour,
+                        "symbol": symbol,
+                    },
+                }
+            )
+    layout = {
+        "xaxis": {"title": {"text": f"{'target' if by_target else 'way'}, %"}},
+        "yaxis": {"title": {"text": "worst fall, in margins"}},
+        "shapes": [line_at("y", 1)],
+        "annotations": [note_at("y", 1, "margin")],
+        "height": 420,
+        "legend": LEGEND,
+    }
+    what = (
+        "what is kept of the target's gain"
+        if by_target
+        else "how far the point is from the base (no target rose)"
+    )
+    caption = (
+        f"Points between base and tuned, on the selection split: {what}, against the largest fall "
+        "of a guardrail."
+    )
+    return make_figure("frontier", "Frontier", caption, traces, layout, wide=True)
