@@ -30,6 +30,7 @@ from holdfast.gate.margins import Gate
 from holdfast.meters import Reading
 from holdfast.meters.canary import Canary
 from holdfast.points import Point, furthest, judged, recovered
+from holdfast.report.frontier import Mark, frontier
 from holdfast.rewind import rewind
 
 Cli = Callable[..., Any]
@@ -239,9 +240,27 @@ def test_a_point_is_judged_by_its_worst_guardrail() -> None:
     assert broken.worst == float("inf")
 
 
+def test_a_mark_is_plain_json() -> None:
+    mark = Mark("1", 0.5, None, float("inf"), "canary/prose", kept=False, chosen=False)
+    assert json.loads(json.dumps(mark.as_record(), allow_nan=False))["worst"] is None
+    assert mark.cells() == ("1", "50.0%", "—", "canary/prose", "+inf", "beyond margin")
+    assert frontier([mark]) is not None
+    assert frontier([]) is None
+
+
+def test_a_canary_and_a_probe_may_share_a_name() -> None:
+    """The canary rose by 2 margins; the probe of its name, read after it, did not move."""
+    same = [Reading("probe", "prose", "train", step, 1.0, 0.0, 8, "accuracy", items={
+        str(i): 1.0 for i in range(8)}) for step in (0, 1)]  # fmt: skip
+    before, after = [reading(1.0, 0), same[0]], [reading(1.207, 1), same[1]]
+    found = judged(1, "1", before, after, Gate(margins={"canary": "10%"}), "estimate")
+    assert (found.kept, found.culprit) == (False, "canary/prose")
+    assert found.worst == pytest.approx(2.0)
+
+
 def test_recovery_must_be_shown() -> None:
     up, down = point(1.3), point(1.1)
-    assert recovered([point(1.0), up, down], 0.05) == ["prose"]
+    assert recovered([point(1.0), up, down], 0.05) == ["canary/prose"]
     assert recovered([point(1.0), down, up], 0.05) == []
     # getting better than the base is no recovery
     assert recovered([point(1.0), point(0.9), point(0.8)], 0.05) == []

@@ -36,6 +36,7 @@ from holdfast.meters import Reading
 from holdfast.meters.canary import Canary, Document
 from holdfast.meters.probes import Item, load_items
 from holdfast.meters.probes.items import GENERATED
+from holdfast.meters.recovery import recovery_examples
 from holdfast.meters.routing import Routing
 from holdfast.report.items import worst_changed
 from holdfast.report.page import ReportData, write_report
@@ -199,14 +200,17 @@ def compare(
         )
     summary: dict[str, Any] = {}
     environment = _environment(base=first, tuned=last)
+    practice = recovery_examples(items, last.tokenizer, last.model.config)
     readers, alike = _readers(first, last, texts, items, seed, summary, console)
+    tuned_reader = replace(readers[1], practice=practice, notes=summary)
     with console.status(f"reading {base}"):
         before = readers[0].whole(first.model, 0, cached=True)
         routed = readers[0].routed(first.model) if alike else None
     with console.status(f"reading {tuned}"):
-        drift = _drift(first, last, ranks, summary, routed, readers[1])
+        drift = _drift(first, last, ranks, summary, routed, tuned_reader)
         reference = _reference(first, last) if alike else None
-        after = readers[1].whole(last.model, TUNED_STEP, reference, cached=True)
+        after = tuned_reader.whole(last.model, TUNED_STEP, reference, cached=True)
+        recovery = tuned_reader.recovered(last.model, before, after, TUNED_STEP)
     if not alike:
         summary["tokenizers"] = DIFFERENT
         before, after = _in_bits(before), _in_bits(after)
@@ -214,7 +218,7 @@ def compare(
     require_finite(after, f"TUNED '{tuned}'")
     verdict = _judged(before, after, gate or Gate(), alike)
     worst = worst_changed(before, after, items)
-    more = [*Measure.rise(before, after), *drift]
+    more = [*Measure.rise(before, after), *drift, *recovery]
     summary["seconds"] = round(time.perf_counter() - started, 1)
     result = Comparison(verdict, before, [*after, *more], summary)
     if out is not None:

@@ -37,7 +37,6 @@ from holdfast.measure import (
     LONGEST,
     Measure,
     context_length,
-    routing_changes,
     sampled_documents,
     text_documents,
 )
@@ -46,6 +45,7 @@ from holdfast.meters.canary import Canary
 from holdfast.meters.drift import Start
 from holdfast.meters.probes import load_items
 from holdfast.meters.ranks import read_ranks
+from holdfast.meters.recovery import recovery_examples
 from holdfast.meters.routing import Routing
 from holdfast.reference import Reference
 from holdfast.reference.adapter_off import AdapterOff
@@ -232,7 +232,12 @@ class _Watch:
                     notes=summary,
                 )
         measure = Measure(
-            tokenizer, canary, guard.items, run_generated_code=settings.run_generated_code
+            tokenizer,
+            canary,
+            guard.items,
+            run_generated_code=settings.run_generated_code,
+            practice=recovery_examples(guard.items, tokenizer, models.causal_lm(model).config),
+            notes=summary,
         )
         watch = cls(guard, measure, folder, summary)
         try:
@@ -266,10 +271,9 @@ class _Watch:
         if self.folder is None or self.start is None:
             return verdict
         displacement = self.start.displacement()
-        rise = self.measure.rise(self.before, after)
         ranks = read_ranks(self.start, step) if hasattr(model, "peft_config") else []
-        routing = routing_changes(self.routed, self.measure.routed(model), self.start, step)
-        self.folder.merge([*after, *rise, *displacement.readings(step), *ranks, *routing])
+        once, _ = self.measure.afterwards(model, self.start, self.before, after, self.routed, step)
+        self.folder.merge([*after, *once, *displacement.readings(step), *ranks])
         self.folder.write_items(self.before, after)
         seconds = time.perf_counter() - self.started
         summary = {

@@ -9,14 +9,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from holdfast import model as models
 from holdfast.data.chat import encode
 from holdfast.data.rows import iter_rows
 from holdfast.errors import RequestError
 from holdfast.meters import Reading
+from holdfast.meters.adoption import Form, read_adoption
 from holdfast.meters.canary import (
     OWN_SAMPLES,
     Canary,
@@ -26,21 +31,38 @@ from holdfast.meters.canary import (
     read_canary,
     read_rise,
 )
+from holdfast.meters.collapse import labels_of, read_collapse
 from holdfast.meters.drift import Start
-from holdfast.meters.experts import read_expert_drift, read_experts
+from holdfast.meters.experts import (
+    expert_drift,
+    read_busiest,
+    read_expert_drift,
+    read_experts,
+    unseen_experts,
+)
 from holdfast.meters.kl import read_kl
+from holdfast.meters.likelihood import Question
 from holdfast.meters.probes import Item, Results, read_probes
+from holdfast.meters.probes.encode import encode_items
+from holdfast.meters.recovery import fallen, read_recovery
 from holdfast.meters.routing import Routing, read_routing, routers
+from holdfast.meters.scoring import Scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from holdfast.data.example import Example
+    from holdfast.data.stream import Stream
     from holdfast.reference import Reference
 
 LONGEST = 2048
 """Upper bound of a window, where nobody asks for another."""
 WINDOWS = 4
 """Windows of `max_length` read from one canary document."""
+LESSON_ROWS = 1000
+"""Rows of the lesson that its form and its labels are read off."""
+ROUTED_ROWS = 200
+"""Of these, rows whose experts are looked at."""
 SEED_OFFSET = 1_000_003
 """Canary text is sampled with another seed than anchor rows."""
 
@@ -56,6 +78,23 @@ class Measure:
     """Lesson rows that are not trained on."""
     run_generated_code: bool = False
     """Run what the model writes for code items, in a sandbox; without it they are refused."""
+    rows: Sequence[Document] = ()
+    """Lesson rows that are trained on (a sample): its form, labels and experts are read off them."""
+    practice: Sequence[Example] = ()
+    """The items tagged `recovery`, as rows to learn (`recovery_examples`)."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Facts for the report: what could not be read, and why."""
+
+    @cached_property
+    def form(self) -> Form | None:
+        """What the lesson's responses look like, where items tagged `adoption` ask for it."""
+        if not self.rows or not any("adoption" in item.tags for item in self.items):
+            return None
+        try:
+            return Form.of([_response(row.text, self.tokenizer) for row in self.rows])
+        except RequestError as error:
+            self._unread("over_application", error)
+            return None
 
     def whole(
         self,
@@ -92,7 +131,8 @@ class Measure:
         return read_routing(model, self.canary, "sealed") if routers(model) else None
 
     def _probes(self, model: Any, step: int, cached: bool) -> list[Reading]:
-        return read_probes(
+        """Every probe, and over-application on the items tagged `adoption`."""
+        found = read_probes(
             model,
             self.tokenizer,
             self.items,
@@ -100,6 +140,100 @@ class Measure:
             results=Results(model, self.tokenizer) if cached and self.items else None,
             run_generated_code=self.run_generated_code,
         )
+        return [*found, *(read_adoption(found, self.items, self.form) if self.form else ())]
+
+    def afterwards(
+        self,
+        model: Any,
+        start: Start,
+        before: Sequence[Reading],
+        after: Sequence[Reading],
+        routed: Routing | None,
+        step: int,
+    ) -> tuple[list[Reading], list[str]]:
+        """What is read once, when training is over, beside `whole`; and what to warn of.
+
+        Args:
+            start: where the weights began.
+            before: the base's readings, and `after`, the tuned model's.
+            routed: the base's routing; None for a model without experts.
+        """
+        experts, warnings = self._experts(model, start, routed, step)
+        collapse = self._collapse(model, step)
+        recovery = self.recovered(model, before, after, step)
+        return [*self.rise(before, after), *experts, *collapse, *recovery], warnings
+
+    def recovered(
+        self, model: Any, before: Iterable[Reading], after: Iterable[Reading], step: int
+    ) -> list[Reading]:
+        """Whether the items of a probe that fell are back after practice, which a copy takes.
+
+        Nothing where no probe fell as a whole, or there is no item to practise on.
+        """
+        then, now = list(before), list(after)
+        was = {r.name: r.value for r in then if r.meter == "probe"}
+        fell = {r.name for r in now if r.meter == "probe" and r.value < was.get(r.name, r.value)}
+        lost = fallen(then, now)
+        asked = [i for i in self.items if i.probe in fell and i.id in lost.get(i.probe, ())]
+        if not asked or not self.practice:
+            return []
+
+        def score(of: Any) -> list[Reading]:
+            run_code = self.run_generated_code
+            return read_probes(of, self.tokenizer, asked, step, run_generated_code=run_code)
+
+        try:
+            return read_recovery(model, self.practice, score)
+        except RequestError as error:
+            self._unread("recovery", error)
+            return []
+
+    def _collapse(self, model: Any, step: int) -> list[Reading]:
+        """Label collapse on the sealed half of the held-out rows; nothing if there are no labels."""
+        labels = labels_of(row.text for row in (*self.rows, *self.heldout))
+        if not labels or not self.rows:
+            return []
+        try:
+            return read_collapse(model, self.heldout, labels, "sealed", step)
+        except RequestError as error:
+            self._unread("collapse", error)
+            return []
+
+    def _experts(
+        self, model: Any, start: Start, routed: Routing | None, step: int
+    ) -> tuple[list[Reading], list[str]]:
+        """What became of the routing, the lesson's experts, and those that nothing watches."""
+        after = None if routed is None else self.routed(model)
+        found = routing_changes(routed, after, start, step)
+        if after is None or not self.rows:
+            return found, []
+        some = self.rows[:: math.ceil(len(self.rows) / ROUTED_ROWS)]
+        lesson = read_routing(model, some, None)
+        # a document's split says nothing of rows that were trained on
+        found += [replace(one, split="train") for one in read_busiest(lesson, step)]
+        probes = read_routing(model, self._prompts(model), None)
+        watched = replace(
+            after,
+            documents=after.documents + probes.documents,
+            chosen=after.chosen + probes.chosen,
+        )
+        return found, unseen_experts(lesson, watched, expert_drift(start))
+
+    def _prompts(self, model: Any) -> list[Document]:
+        """The probes' items as text: the prompt, with its first continuation where it has some."""
+        items = [item for item in self.items if "recovery" not in item.tags]
+        found = []
+        encoded = encode_items(self.tokenizer, items, models.causal_lm(model).config)
+        for item, (first, *rest) in zip(items, encoded, strict=True):
+            asked = isinstance(first, Question)
+            ids = [*first.context, *first.continuations[0]] if asked else [first, *rest]
+            found.append(document(ids, [False] * len(ids), item.probe))
+        return found
+
+    def _unread(self, meter: str, error: RequestError) -> None:
+        """Note why a meter has no reading: a run that is over is not refused for it."""
+        why = error.problems[0].partition(";")[0].partition(": ")[2]
+        self.notes[meter] = f"not read: {why}"
 
     @staticmethod
     def rise(before: Iterable[Reading], after: Iterable[Reading]) -> list[Reading]:
@@ -135,6 +269,27 @@ def routing_changes(
     if before is None or after is None:
         return []
     return [*read_experts(before, after, step), *read_expert_drift(start, step)]
+
+
+def lesson_documents(streams: Sequence[Stream]) -> list[Document]:
+    """Rows of the lesson as it is trained on: at most `LESSON_ROWS`, evenly from its streams."""
+    found = []
+    for stream in streams:
+        count = min(len(stream.lengths), math.ceil(LESSON_ROWS / len(streams)))
+        for row in np.linspace(0, len(stream.lengths) - 1, count).round().astype(int).tolist():
+            ids, mask = stream.fetch(row)
+            found.append(document(list(ids), list(mask), stream.name))
+    return found
+
+
+def _response(text: Scored, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a row answers, as text: its last run of learned tokens."""
+    stop = max((i + 1 for i, on in enumerate(text.loss_mask) if on), default=0)
+    start = stop
+    while start and text.loss_mask[start - 1]:
+        start -= 1
+    decoded: str = tokenizer.decode(text.input_ids[start:stop], skip_special_tokens=True)
+    return decoded
 
 
 def context_length(config: Any, tokenizer: Any) -> int:

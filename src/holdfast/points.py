@@ -30,8 +30,8 @@ class Point:
     worst: float
     """Largest fall of a guardrail, in margins: beyond 1 is beyond the margin; below 0 it rose."""
     culprit: str
-    """The guardrail that fell so far."""
-    gains: dict[str, float] = field(default_factory=dict)
+    """The guardrail that fell so far: meter/name."""
+    gains: dict[tuple[str, str], float] = field(default_factory=dict)
     """How much each target rose; of a loss, how much it fell."""
     readings: tuple[Reading, ...] = field(default=(), repr=False)
 
@@ -39,7 +39,8 @@ class Point:
         """Mean share, over the targets that the tuned model rose on, of what it rose."""
         rose = {name: gain for name, gain in tuned.gains.items() if gain > 0}
         shares = [self.gains[name] / gain for name, gain in rose.items()]
-        return math.fsum(shares) / len(shares) if shares else None
+        mean = sum(shares) / len(shares) if shares else math.nan
+        return mean if math.isfinite(mean) else None
 
 
 def furthest(
@@ -76,19 +77,21 @@ def judged(
     """Hold the readings of one point against the base's; of a NaN the fall is infinite."""
     result = decide(as_sealed(before), as_sealed(after), gate)
     guards = guardrails(result)
-    falls = {row.name: _fall_in_margins(row) for row in guards}
+    falls = {(row.meter, row.name): fall_in_margins(row) for row in guards}
     if rule == "shown":
         kept = all(row.verdict is Verdict.PASS for row in guards)
     else:
         kept = all(fall <= 1 for fall in falls.values())
+    # a canary domain and a probe may share a name
     culprit = max(falls, key=falls.__getitem__)
     rows = tuple(row for row in result.rows if row in guards or row.kind == "target")
     gains = {
-        row.name: -row.difference if lower_is_better(row.unit) else row.difference
+        (row.meter, row.name): -row.difference if lower_is_better(row.unit) else row.difference
         for row in rows
         if row.kind == "target"
     }
-    return Point(position, name, rows, kept, falls[culprit], culprit, gains, tuple(after))
+    worst = falls[culprit]
+    return Point(position, name, rows, kept, worst, "/".join(culprit), gains, tuple(after))
 
 
 def as_sealed(readings: Iterable[Reading]) -> list[Reading]:
@@ -101,12 +104,14 @@ def guardrails(result: GateResult) -> list[Row]:
     return [row for row in result.rows if row.decisive and row.kind != "target"]
 
 
-def _fall_in_margins(row: Row) -> float:
+def fall_in_margins(row: Row) -> float:
     """The estimated fall over the margin; inf of what could not be compared."""
     if row.margin is None or not math.isfinite(row.difference):
         return math.inf
-    fall = row.difference if lower_is_better(row.unit) else 0.0 - row.difference
-    return fall / row.margin if row.margin else math.copysign(math.inf, fall) if fall else 0.0
+    fall = row.difference if lower_is_better(row.unit) else -row.difference
+    if not row.margin:
+        return math.copysign(math.inf, fall) if fall else 0.0
+    return fall / row.margin + 0.0  # of -0.0 that is 0.0
 
 
 def recovered(order: Sequence[Point], alpha: float) -> list[str]:
@@ -118,12 +123,12 @@ def recovered(order: Sequence[Point], alpha: float) -> list[str]:
     level = alpha / max(1, len(guards) * (len(order) - 1))
     found = set()
     for one, other in itertools.pairwise(order):
-        fell = {row.name for row in one.rows if _fall_in_margins(row) > 0}
+        fell = {(row.meter, row.name) for row in one.rows if fall_in_margins(row) > 0}
         then = {(r.meter, r.name): r for r in one.readings}
         for now in other.readings:
             key = (now.meter, now.name)
-            if key in guards and now.name in fell and _rose(then[key], now, level):
-                found.add(now.name)
+            if key in guards & fell and _rose(then[key], now, level):
+                found.add("/".join(key))
     return sorted(found)
 
 

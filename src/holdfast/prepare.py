@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,9 +180,16 @@ def _tell_of_replay(
         for source in recipe.canary.sources
         for row in iter_rows(source)
     }
-    for line in replay.warnings(stage, domains, [stream.name for stream in streams]):
+    warn(replay.warnings(stage, domains, [stream.name for stream in streams]), setup, console)
+
+
+def warn(lines: Iterable[str], setup: Setup, console: Console) -> None:
+    """Say each on the console and in the report."""
+    for line in lines:
         setup.notes.setdefault("warnings", []).append(line)
-        console.print(f"warning: {line}", style="yellow", highlight=False, soft_wrap=True)
+        console.print(
+            f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def identity(

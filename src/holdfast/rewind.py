@@ -19,7 +19,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -194,7 +194,7 @@ def rewind(
         kind = way.write(position, folder.path) if position else None
         folder.append(sealed)
         folder.write_verdict(summary, verdict.as_dict() if verdict else {})
-        frontier = [asdict(mark) for mark in result.marks()]
+        frontier = [mark.as_record() for mark in result.marks()]
         write_text(folder.path / "frontier.json", json.dumps(frontier, indent=2) + "\n")
         data = ReportData(
             title=f"{_title(base)} → {_title(tuned)}, rewound",

@@ -23,11 +23,14 @@ from holdfast.errors import RequestError
 from holdfast.gate.verdict import GateResult, decide
 from holdfast.levers import wrapped
 from holdfast.lineage import locate
-from holdfast.measure import Measure, routing_changes
+from holdfast.measure import Measure, lesson_documents
+from holdfast.meters import Reading
+from holdfast.meters.motion import Walk
 from holdfast.meters.probes import load_items
 from holdfast.meters.ranks import read_ranks
+from holdfast.meters.recovery import recovery_examples
 from holdfast.plan import settled, skeleton
-from holdfast.prepare import Prepared, canary_documents, identity, load, prepare
+from holdfast.prepare import Prepared, canary_documents, identity, load, prepare, warn
 from holdfast.recipe import Recipe
 from holdfast.report.items import Changed, worst_changed
 
@@ -75,7 +78,14 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         resolved["resolved"]["steps"] = prepared.steps
         folder.write_recipe(resolved)
         measure = Measure(
-            tokenizer, canary, items, prepared.heldout, recipe.train.run_generated_code
+            tokenizer,
+            canary,
+            items,
+            prepared.heldout,
+            recipe.train.run_generated_code,
+            lesson_documents(prepared.setup.lesson),
+            recovery_examples(items, tokenizer, base.config),
+            prepared.setup.notes,
         )
         before = folder.load_before()
         if before is None:
@@ -93,11 +103,12 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     _save_artifact(prepared, folder)
     with console.status("reading the tuned model"):
         after = measure.whole(trainer.model, step, _live(prepared))
+        once, warned = measure.afterwards(trainer.model, trainer.start, before, after, routed, step)
+    warn(warned, prepared.setup, console)
     displacement = trainer.start.displacement()
     ranks = [] if recipe.levers.adapter.off else read_ranks(trainer.start, step)
-    routing = routing_changes(routed, measure.routed(trainer.model), trainer.start, step)
-    drift = [*displacement.readings(step), *ranks, *routing]
-    folder.merge([*after, *measure.rise(before, after), *drift])
+    walk = _walk(trainer, folder).read(displacement, step)
+    folder.merge([*after, *once, *displacement.readings(step), *ranks, *walk])
     folder.write_items(before, after)
     verdict = decide(before, after, recipe.gate) if recipe.gate.enabled else None
     summary = {
@@ -193,6 +204,14 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _walk(trainer: HoldfastTrainer, folder: RunFolder) -> Walk:
+    """What the steps add up to, off the run's own readings."""
+    readings = (Reading(**record) for record in folder.records())
+    # a refusal is noted by the steps that came before it
+    refused = {one["step"] + 1 for one in trainer.refused}
+    return Walk.of(readings, trainer.args.max_grad_norm, refused)
 
 
 def _live(prepared: Prepared) -> Reference | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,7 +110,7 @@ def _one_of(option: str, word: str, allowed: tuple[str, ...]) -> Any:
 def _record(found: Rewound) -> dict[str, Any]:
     return {
         **found.summary,
-        "frontier": [asdict(mark) for mark in found.marks()],
+        "frontier": [mark.as_record() for mark in found.marks()],
         "artifact": str(found.artifact) if found.artifact else None,
         "verdict": found.verdict.as_dict() if found.verdict else None,
     }

@@ -123,10 +123,8 @@ def update(
 
     total_N = evidence.total + np.cumsum(fall_N)
     squares_N = evidence.squares + np.cumsum(fall_N**2)
-    bet_N = _bets(
-        np.arange(len(fall_N), dtype=np.float64) + evidence.weight, total_N - fall_N, squares_N - fall_N**2,
-        margin, clip,
-    )  # fmt: skip
+    weight_N: Array = evidence.weight + np.arange(len(fall_N), dtype=np.float64)
+    bet_N = _bets(weight_N, total_N - fall_N, squares_N - fall_N**2, margin, clip)
     log_e_N = evidence.log_e + np.cumsum(np.log1p(bet_N * (fall_N - margin)))
     return Evidence(
         log_e=float(log_e_N[-1]),

@@ -265,15 +265,15 @@ def unseen_experts(
 
     An expert is named if the lesson sends it `BUSY` times an even share of its tokens, all that is
     watched (canary and probes) less than `UNREACHED` of an even share, and, where `drift` is given,
-    it moved further than the layer's experts do on average.
+    it moved further than the layer's experts do on average (a layer not in it did not move).
     """
     found = []
     seen = watched.shares()
     for layer, share_E in lesson.shares().items():
-        even, moved = 1 / len(share_E), (drift or {}).get(layer)
-        far = np.ones(len(share_E), dtype=bool)
-        if moved is not None:
-            far = np.asarray(moved) > np.mean(moved)
+        even, far = 1 / len(share_E), np.ones(len(share_E), dtype=bool)
+        if drift is not None:
+            moved = np.asarray(drift.get(layer, np.zeros(len(share_E))))
+            far = moved > moved.mean()
         watched_E = seen.get(layer, np.zeros(len(share_E)))
         unseen = (share_E >= BUSY * even) & (watched_E < UNREACHED * even) & far
         if unseen.any():

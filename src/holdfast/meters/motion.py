@@ -16,7 +16,7 @@ Three questions whose answers are known to go wrong together with a run:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,19 +68,25 @@ class Walk:
     """Sum of learning rate x gradient norm over them."""
 
     def add(self, learning_rate: float, grad_norm: float) -> None:
-        """One step, after clipping; one that was refused did not move: leave it out."""
+        """One step, after clipping; one that was refused did not move: its length is 0."""
         if not math.isfinite(learning_rate * grad_norm):
             return
         self.logged += 1
         self.lengths += learning_rate * grad_norm
 
     @classmethod
-    def of(cls, readings: Iterable[Reading], clip: float | None = None) -> Walk:
+    def of(
+        cls,
+        readings: Iterable[Reading],
+        clip: float | None = None,
+        refused: Container[int] = (),
+    ) -> Walk:
         """From the `learning_rate` and `grad_norm` of a run's `readings.jsonl`.
 
         Args:
             readings: in any order; a step that has only one of the two is left out.
             clip: the norm that gradients were clipped to; what is recorded is before clipping.
+            refused: steps that were refused, numbered as the readings are.
         """
         at: dict[str, dict[int, float]] = {"learning_rate": {}, "grad_norm": {}}
         for reading in readings:
@@ -88,7 +94,9 @@ class Walk:
                 at[reading.meter][reading.step] = reading.value
         walk = cls()
         for step, rate in sorted(at["learning_rate"].items()):
-            if step in at["grad_norm"]:
+            if step in refused:
+                walk.add(0.0, 0.0)
+            elif step in at["grad_norm"]:
                 walk.add(rate, min(at["grad_norm"][step], clip or math.inf))
         return walk
 

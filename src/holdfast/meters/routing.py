@@ -121,8 +121,8 @@ class Routing:
         return np.array(rows, dtype=np.float64).reshape(-1, size)
 
 
-def read_routing(model: Any, documents: Sequence[Document], split: Split) -> Routing:
-    """Pass the documents of a split through the model, and note what its routers chose.
+def read_routing(model: Any, documents: Sequence[Document], split: Split | None) -> Routing:
+    """Pass the documents of a split (None: all) through the model, and note its routers' choices.
 
     Raises:
         RequestError: the model has no router, or its logits are not numbers.
@@ -137,7 +137,7 @@ def read_routing(model: Any, documents: Sequence[Document], split: Split) -> Rou
             "knows; this meter is for mixtures of experts such as Mixtral, Qwen2-MoE or OLMoE"
         )
     chosen_of: dict[str, list[Any]] = defaultdict(list)
-    documents = [d for d in documents if d.split == split]
+    documents = [d for d in documents if split in (None, d.split)]
     by_number: dict[int, tuple[NDArray[np.int16], ...]] = {}
     experts: dict[str, int] = {}
     training = model.training

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
+from typing import Any
 
 from holdfast.report.draw import (
     LEGEND,
@@ -47,6 +48,10 @@ class Mark:
     def kind(self) -> str:
         """A name of `KINDS`."""
         return "chosen" if self.chosen else "within margin" if self.kept else "beyond margin"
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values, null where the fall is not finite."""
+        return asdict(self) | {"worst": finite(self.worst)}
 
     def cells(self) -> tuple[str, ...]:
         """The point under `HEADINGS`."""
