@@ -116,8 +116,8 @@ def test_the_run_folder_holds_what_it_promises(done: Done) -> None:
     names = {path.name for path in done.run.iterdir()}
     artifact = "adapter" if done.case.adapter else "model"
     assert names == {
-        "recipe.yaml", "data", "readings.jsonl", "checkpoints", artifact, "verdict.json",
-        "report.html", "README.md",
+        "recipe.yaml", "data", "readings.jsonl", "items.jsonl", "checkpoints", artifact,
+        "verdict.json", "report.html", "README.md",
     }  # fmt: skip
     verdict = json.loads((done.run / "verdict.json").read_text())
     assert verdict["verdict"] in {"PASS", "FAIL", "INCONCLUSIVE"}

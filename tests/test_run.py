@@ -352,6 +352,55 @@ def test_all_is_measured_before_and_after(whole: Path) -> None:
     assert found[STEPS, "probe", "sums", "sealed"] != found[0, "probe", "sums", "sealed"]
 
 
+def test_the_walk_is_the_sum_of_the_steps(whole: Path) -> None:
+    """Each step is recorded; the norm of a gradient counts as it was clipped, to 1."""
+    found = readings(whole)
+    steps = [
+        found[step, "learning_rate", "total", "train"]
+        * min(1.0, found[step, "grad_norm", "total", "train"])
+        for step in range(1, STEPS + 1)
+    ]
+    walked, moved = (found[STEPS, "walk", n, "train"] for n in ("walked", "displacement"))
+    assert walked == pytest.approx(sum(steps))
+    assert found[STEPS, "walk", "displacement / walked", "train"] == pytest.approx(moved / walked)
+
+
+ANSWERS = {True: " yes.", False: " no."}
+
+
+def test_what_a_lesson_asks_for_is_read_too(inputs: Path, tmp_path: Path) -> None:
+    """A lesson with labels and a form, an adoption probe, and items to practise on."""
+    rows = [{"prompt": f"{n}?", "completion": f" say:{ANSWERS[n % 3 > 0]}"} for n in range(48)]
+    lesson = tiny.jsonl(tmp_path / "lesson.jsonl", rows)
+    asked = {"probe": "near", "kind": "exact", "prompt": "a", "target": "b"}
+    practised = {"probe": "old", "kind": "exact", "prompt": "a", "target": "b", "id": "1"}
+    probes = tiny.jsonl(
+        tmp_path / "probes.jsonl",
+        [*({**asked, "id": f"{n}", "tags": ["adoption"]} for n in range(3)),
+         {**practised, "tags": ["recovery"]}],
+    )  # fmt: skip
+    recipe = recipe_of(inputs, tmp_path / "run", data={"sources": [str(lesson)]},
+                       probes=[str(probes)])  # fmt: skip
+    result = run.train(recipe)
+    found = readings(tmp_path / "run")
+    for meter in ("over_application", "adoption"):
+        assert {key[0] for key in found if key[1] == meter} == {0, STEPS}
+    assert (STEPS, "collapse", "excess", "sealed") in found
+    assert result.verdict is not None
+    assert ("adoption", "near") in {(row.meter, row.name) for row in result.verdict.rows}
+
+
+def test_an_item_that_nothing_can_be_learned_from_is_refused_before_training(
+    inputs: Path, tmp_path: Path
+) -> None:
+    item = {"id": "1", "probe": "old", "kind": "format", "prompt": "a", "tags": ["recovery"],
+            "checks": [{"check": "json"}]}  # fmt: skip
+    probes = tiny.jsonl(tmp_path / "probes.jsonl", [item])
+    with pytest.raises(RequestError, match=r"line 1: a recovery item of kind format has no answer"):
+        run.train(recipe_of(inputs, tmp_path / "run", probes=[str(probes)]))
+    assert not (tmp_path / "run").exists()
+
+
 def test_probes_are_read_while_training_where_that_is_asked(inputs: Path, tmp_path: Path) -> None:
     """The curve has the gate's items, which nothing may be chosen by: its split is `train`."""
     train = {"steps": 4, "batch_tokens": 128, "measure_every": 2, "measure_probes": True}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +80,7 @@ class Measure:
     run_generated_code: bool = False
     """Run what the model writes for code items, in a sandbox; without it they are refused."""
     rows: Sequence[Document] = ()
-    """Lesson rows that are trained on (a sample): its form, labels and experts are read off them."""
+    """Lesson rows that are trained on, a sample: form, labels and experts are read off them."""
     practice: Sequence[Example] = ()
     """The items tagged `recovery`, as rows to learn (`recovery_examples`)."""
     notes: dict[str, Any] = field(default_factory=dict)
@@ -90,11 +91,10 @@ class Measure:
         """What the lesson's responses look like, where items tagged `adoption` ask for it."""
         if not self.rows or not any("adoption" in item.tags for item in self.items):
             return None
-        try:
-            return Form.of([_response(row.text, self.tokenizer) for row in self.rows])
-        except RequestError as error:
-            self._unread("over_application", error)
-            return None
+        found = None
+        with self._noted("over_application"):
+            found = Form.of([_response(row.text, self.tokenizer) for row in self.rows])
+        return found
 
     def whole(
         self,
@@ -158,7 +158,10 @@ class Measure:
             before: the base's readings, and `after`, the tuned model's.
             routed: the base's routing; None for a model without experts.
         """
-        experts, warnings = self._experts(model, start, routed, step)
+        experts: list[Reading] = []
+        warnings: list[str] = []
+        with self._noted("experts"):
+            experts, warnings = self._experts(model, start, routed, step)
         collapse = self._collapse(model, step)
         recovery = self.recovered(model, before, after, step)
         return [*self.rise(before, after), *experts, *collapse, *recovery], warnings
@@ -182,22 +185,18 @@ class Measure:
             run_code = self.run_generated_code
             return read_probes(of, self.tokenizer, asked, step, run_generated_code=run_code)
 
-        try:
-            return read_recovery(model, self.practice, score)
-        except RequestError as error:
-            self._unread("recovery", error)
-            return []
+        found = []
+        with self._noted("recovery"):
+            found = read_recovery(model, self.practice, score)
+        return found
 
     def _collapse(self, model: Any, step: int) -> list[Reading]:
-        """Label collapse on the sealed half of the held-out rows; nothing if there are no labels."""
+        """Label collapse on held-out rows; nothing of a lesson that does not classify."""
         labels = labels_of(row.text for row in (*self.rows, *self.heldout))
-        if not labels or not self.rows:
-            return []
-        try:
-            return read_collapse(model, self.heldout, labels, "sealed", step)
-        except RequestError as error:
-            self._unread("collapse", error)
-            return []
+        found = []
+        with self._noted("collapse"):
+            found = read_collapse(model, self.heldout, labels, "sealed", step) if labels else []
+        return found
 
     def _experts(
         self, model: Any, start: Start, routed: Routing | None, step: int
@@ -224,16 +223,21 @@ class Measure:
         items = [item for item in self.items if "recovery" not in item.tags]
         found = []
         encoded = encode_items(self.tokenizer, items, models.causal_lm(model).config)
-        for item, (first, *rest) in zip(items, encoded, strict=True):
-            asked = isinstance(first, Question)
-            ids = [*first.context, *first.continuations[0]] if asked else [first, *rest]
+        for item, parts in zip(items, encoded, strict=True):
+            ids = [part for part in parts if isinstance(part, int)]
+            if isinstance(first := parts[0], Question):
+                ids = [*first.context, *first.continuations[0]]
             found.append(document(ids, [False] * len(ids), item.probe))
         return found
 
-    def _unread(self, meter: str, error: RequestError) -> None:
-        """Note why a meter has no reading: a run that is over is not refused for it."""
-        why = error.problems[0].partition(";")[0].partition(": ")[2]
-        self.notes[meter] = f"not read: {why}"
+    @contextmanager
+    def _noted(self, meter: str) -> Iterator[None]:
+        """Note why a meter cannot be read: a run that is over is not refused for it."""
+        try:
+            yield
+        except RequestError as error:
+            why = error.problems[0].partition(";")[0].partition(": ")[2]
+            self.notes[meter] = f"not read: {why}"
 
     @staticmethod
     def rise(before: Iterable[Reading], after: Iterable[Reading]) -> list[Reading]:

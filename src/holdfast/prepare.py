@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 STEPS_AIMED_AT = 600
 """Steps that the automatic `train.epochs` and `train.batch_tokens` make of a run."""
 BATCH_LEAST, BATCH_MOST = 512, 16384
-EPOCHS_LEAST, EPOCHS_MOST = 3.0, 8.0
+EPOCHS_LEAST, EPOCHS_MOST = 3.0, 12.0
 HELDOUT_LEAST, HELDOUT_MOST = 8, 200
 
 
@@ -229,7 +229,7 @@ def resolve_max_length(recipe: Recipe, config: Any, tokenizer: Any) -> int:
 
 
 def auto_epochs(tokens: float) -> float:
-    """3 passes over `tokens` (all streams), more where they are too few, 8 at most."""
+    """3 passes over `tokens` (all streams), more where they are too few, 12 at most."""
     needed = STEPS_AIMED_AT * BATCH_LEAST / max(1.0, tokens)
     return min(EPOCHS_MOST, max(EPOCHS_LEAST, needed))
 

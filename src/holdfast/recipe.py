@@ -59,7 +59,7 @@ class Train(Section):
     """How long, and in what pieces."""
 
     epochs: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    """Passes over the lesson; empty: 3, and up to 8 for a lesson so small that 3 make fewer than
+    """Passes over the lesson; empty: 3, and up to 12 for a lesson so small that 3 make fewer than
     600 steps of 512 tokens. Ignored where `steps` is given."""
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; empty: from `epochs`."""

@@ -223,7 +223,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fewer layers": (fewer_layers, "does not fit its base 'low': .*layers.1.* not for it"),
     "more layers": (more_layers, "does not fit its base 'high': .*layers.2.* missing in it"),
     "other architecture": (other_architecture, "does not fit its base 'gpt2'.*give the base"),
-    "not finite": (not_finite, "does not fit its base"),
+    "not finite": (not_finite, "holds values that are not finite .*lora_A.* earlier checkpoint"),
     "pickled": (pickled, "adapter_model.bin' is a pickle and is never loaded"),
     "no weights": (no_weights, "has no adapter_model.safetensors weights"),
     "torn": (torn, "does not fit its base"),
