@@ -141,7 +141,9 @@ WRONG = {
         "levers: {budget: {learning_rate: fast}}",
         ('levers.budget.learning_rate: "fast"', "valid number", "or", "'auto'", "works: auto"),
     ),
-    "zero epochs": recipe("train: {epochs: 0}", ("train.epochs: 0", "greater than 0", "leave it out")),
+    "zero epochs": recipe(
+        "train: {epochs: 0}", ("train.epochs: 0", "greater than 0", "leave it out")
+    ),
     "not a number": recipe("train: {epochs: .nan}", ("train.epochs: NaN", "leave it out")),
     "endless epochs": recipe("train: {epochs: .inf}", ("train.epochs: Infinity", "leave it out")),
     "fraction of one": recipe(

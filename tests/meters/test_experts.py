@@ -261,6 +261,7 @@ def test_a_narrow_lesson_that_no_probe_reaches_is_told() -> None:
     assert unseen_experts(unreached, unreached) == []
     assert unseen_experts(lesson, unreached, {"model.layers.0.mlp": [0.9, 0.1, 0.1, 0.1]}) == [told]
     assert unseen_experts(lesson, unreached, {"model.layers.0.mlp": [0.0, 0.1, 0.9, 0.1]}) == []
+    assert unseen_experts(lesson, unreached, {}) == []  # nothing of the layer was trained
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -71,6 +71,8 @@ def test_a_walk_is_read_off_a_runs_own_readings() -> None:
     ]
     assert Walk.of(readings) == Walk(2, pytest.approx(0.1 * 2 + 0.3 * 8))  # type: ignore[arg-type]
     assert Walk.of(readings, clip=4.0).lengths == pytest.approx(0.1 * 2 + 0.3 * 4)
+    refused = Walk.of(readings, refused={3})
+    assert (refused.logged, refused.lengths) == (2, pytest.approx(0.1 * 2))
 
 
 def test_fisher_predicts_the_kl_of_a_small_move() -> None:
