@@ -20,6 +20,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from holdfast.data.contamination import overlaps
+from holdfast.data.rows import Source, iter_rows
+from holdfast.data.texts import row_texts, text_of
 from holdfast.recipe import load_recipe
 from holdfast.run import train
 
@@ -86,7 +89,21 @@ def _write(path: Path, items: list[dict[str, Any]]) -> Path:
     return path
 
 
-def arms(on_shared: bool) -> dict[str, list[str]]:
+def replayed(folder: Path) -> list[str]:
+    """The base's own kinds of text, without the rows that are also in the canary: a few are."""
+    text, paths = SHARED / "data" / "text", []
+    for domain in DOMAINS:
+        source = Source(path=str(text / f"{domain}_train.jsonl"))
+        heldout = Source(path=str(text / f"{domain}_heldout.jsonl"))
+        secrets = list(row_texts([heldout]))
+        leaked = {o.row for o in overlaps(row_texts([source]), secrets) if o.contaminated}
+        rows = [row for row in iter_rows(source) if text_of(row).where not in leaked]
+        print(f"{domain}: {len(leaked)} rows left out of replay", flush=True)
+        paths.append(str(_write(folder / f"{domain}.jsonl", [dict(row.content) for row in rows])))
+    return paths
+
+
+def arms(folder: Path | None) -> dict[str, list[str]]:
     """What is compared; replay of the base's own pretraining text only where it is known."""
     plain = ["levers.kl_anchor=none", "levers.adapter.method=lora"]
     found = {
@@ -96,12 +113,11 @@ def arms(on_shared: bool) -> dict[str, list[str]]:
         "holdfast default": [],
         "holdfast, LoRA on MLP": ["levers.adapter.method=lora"],
     }
-    if on_shared:
-        paths = [str(SHARED / "data" / "text" / f"{d}_train.jsonl") for d in DOMAINS]
+    if folder is not None:
         found["holdfast, KL on replay"] = [
             "levers.kl_anchor.self_generated.fraction=0",
-            "levers.replay.fraction=0.25",
-            f"levers.replay.sources={json.dumps(paths)}",
+            "levers.replay.fraction=0.5",
+            f"levers.replay.sources={json.dumps(replayed(folder))}",
         ]
     return found
 
@@ -127,7 +143,9 @@ def main(
         )
         columns: dict[str, dict[str, str]] = {}
         chosen = {a.partition(":")[0]: a.partition(":")[2].split() for a in arm or ()}
-        for number, (name, words) in enumerate((chosen or arms(not model)).items()):
+        for number, (name, words) in enumerate(
+            (chosen or arms(None if model else Path(scratch))).items()
+        ):
             if only and only not in name:
                 continue
             settings = [f"train.epochs={epochs}", f"seed={seed}", *words]
