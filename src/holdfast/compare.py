@@ -260,7 +260,7 @@ def _readers(
             documents = sampled_documents(
                 first.model,
                 one,
-                rows=texts.canary.max_documents,
+                rows=texts.canary.of_base,
                 max_length=longest,
                 seed=seed,
                 keep=Path(scratch) / "canary.json",

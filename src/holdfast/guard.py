@@ -225,7 +225,7 @@ class _Watch:
                 canary = sampled_documents(
                     model,
                     tokenizer,
-                    rows=settings.canary.max_documents,
+                    rows=settings.canary.of_base,
                     max_length=max_length,
                     seed=settings.seed,
                     keep=(folder.data if folder else Path(scratch)) / "canary.json",

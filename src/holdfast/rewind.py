@@ -257,7 +257,7 @@ def _documents(
         return sampled_documents(
             first.model,
             first.tokenizer,
-            rows=texts.canary.max_documents,
+            rows=texts.canary.of_base,
             max_length=longest,
             seed=seed,
             keep=Path(scratch) / "canary.json",
