@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny import jsonl
 
 from holdfast.cli.check import SHOWN
+from tiny import jsonl
 
 Cli = Callable[..., Any]
 

@@ -168,9 +168,12 @@ def test_how_rows_are_batched_changes_nothing(
         fisher(model, rows, weights, labels=labels, factored=factored, batch_tokens=n)
         for n in (1, batch_tokens)
     )
+    largest = max(float(dense(found).max()) for found in alone.values())
     for name in weights:
         one, other = (dense(found[name]) for found in (alone, together))
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+        # a matrix that no gradient reaches (queries of a row of two tokens) holds rounding only
+        floor = max(1e-5 * float(one.max()), 1e-9 * largest)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=floor)
 
 
 def dense(importance: Importance) -> Tensor:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import jsonl
 
 from holdfast.data.quality import (
     Finding,
@@ -29,6 +28,7 @@ from holdfast.data.quality.refusals import refusals, refuses
 from holdfast.data.quality.skew import labels, lengths, openings, scripts
 from holdfast.data.rows import Source
 from holdfast.data.texts import Text, row_texts
+from tiny import jsonl
 
 QUALITY = Quality()
 SHARED = Path(__file__).parents[3] / "shared" / "data"

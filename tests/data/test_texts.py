@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import jsonl
 
 from holdfast.data.rows import Row, Source
 from holdfast.data.texts import folded, prompt_and_response, row_texts, words
+from tiny import jsonl
 
 
 @pytest.mark.parametrize(

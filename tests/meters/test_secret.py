@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.tiny import jsonl
-
 from holdfast.data.rows import Source
 from holdfast.meters.canary import Canary
 from holdfast.meters.secret import secret_texts
+from tiny import jsonl
 
 
 def test_canary_rows_and_probe_items(tmp_path: Path) -> None:
