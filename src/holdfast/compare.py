@@ -260,7 +260,7 @@ def _readers(
             documents = sampled_documents(
                 first.model,
                 one,
-                rows=texts.canary.of_base,
+                rows=texts.canary.max_documents,
                 max_length=longest,
                 seed=seed,
                 keep=Path(scratch) / "canary.json",

@@ -225,7 +225,7 @@ class _Watch:
                 canary = sampled_documents(
                     model,
                     tokenizer,
-                    rows=settings.canary.of_base,
+                    rows=settings.canary.max_documents,
                     max_length=max_length,
                     seed=settings.seed,
                     keep=(folder.data if folder else Path(scratch)) / "canary.json",

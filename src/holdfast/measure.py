@@ -315,7 +315,7 @@ def text_documents(
     for source in canary.sources:
         for row in iter_rows(source):
             domain = row.domain or Path(source.path).stem
-            if rows[domain] >= canary.of_file:
+            if rows[domain] >= canary.max_documents:
                 continue
             already = len(found)
             for example in encode(row, tokenizer, max_length=max_length)[:WINDOWS]:
@@ -346,7 +346,7 @@ def shared_documents(
                     'cannot be compared across tokenizers; give text rows: {"text": "..."}'
                 )
             text = _fitting(row.content["text"], tokenizers, WINDOWS * (max_length - 2))
-            if not text.strip() or rows[domain] >= canary.of_file or (domain, text) in seen:
+            if not text.strip() or rows[domain] >= canary.max_documents or (domain, text) in seen:
                 continue
             seen.add((domain, text))
             rows[domain] += 1

@@ -268,7 +268,7 @@ def canary_documents(prepared: Prepared, console: Console) -> list[Document]:
         sampled = sampled_documents(
             setup.model,
             setup.tokenizer,
-            rows=recipe.canary.of_base,
+            rows=recipe.canary.max_documents,
             max_length=setup.max_length,
             seed=recipe.seed,
             keep=setup.folder / "canary.json",

@@ -257,7 +257,7 @@ def _documents(
         return sampled_documents(
             first.model,
             first.tokenizer,
-            rows=texts.canary.of_base,
+            rows=texts.canary.max_documents,
             max_length=longest,
             seed=seed,
             keep=Path(scratch) / "canary.json",

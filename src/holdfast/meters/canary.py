@@ -38,21 +38,8 @@ class Canary(Section):
 
     sources: list[Source] = Field(default_factory=list)
     """Files with `text` rows (or chat rows), a domain each; empty: samples of the base."""
-    max_documents: int | None = Field(default=None, ge=8)
-    """Documents a domain; empty: 200 of a file, and 600 where the base writes them, which are
-    short. Half of them are the selection split, half the sealed one."""
-
-    @property
-    def of_file(self) -> int:
-        """Documents that are read of a domain in a file."""
-        return self.max_documents or 200
-
-    @property
-    def of_base(self) -> int:
-        """Documents that the base writes: enough to decide on 1 % on the lab, where 200 were not
-        (docs/log.md).
-        """
-        return self.max_documents or 600
+    max_documents: int = Field(default=200, ge=8)
+    """Documents a domain. Half of them are the selection split, half the sealed one."""
 
 
 @dataclass(frozen=True)

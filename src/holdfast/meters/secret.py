@@ -25,7 +25,7 @@ def canary_rows(canary: Canary) -> Iterator[Row]:
         for row in iter_rows(source):
             domain = row.domain or Path(source.path).stem
             rows[domain] += 1
-            if rows[domain] <= canary.of_file:
+            if rows[domain] <= canary.max_documents:
                 yield row
 
 
