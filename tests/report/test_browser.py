@@ -15,6 +15,9 @@ from holdfast.report.page import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 KNOWN = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# root may not use its sandbox; a container has no GPU and little /dev/shm
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--no-first-run"]
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +27,8 @@ def browser() -> Iterator[Any]:
         own = tools.chromium.executable_path
         path = own if os.path.exists(own) else next(filter(None, map(shutil.which, KNOWN)), None)
         if path is None:
-            pytest.skip("no browser: `playwright install chromium` fetches one")
-        opened = tools.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            pytest.skip("no browser: `apt install chromium` or `playwright install chromium`")
+        opened = tools.chromium.launch(executable_path=path, args=FLAGS)
         yield opened
         opened.close()
 
