@@ -193,12 +193,12 @@ def real(threads: int = 2, items: int = 100, seeds: int = 2, quick: bool = False
     import torch
 
     from holdfast.checkpoint import load_checkpoint
-    from holdfast.compare import Texts
     from holdfast.data.rows import Source
     from holdfast.lab import base_path, write_files
     from holdfast.measure import text_documents
     from holdfast.meters import likelihood, scoring
     from holdfast.meters.canary import Canary
+    from holdfast.pair import Texts
 
     torch.set_num_threads(threads)
     started = time.perf_counter()

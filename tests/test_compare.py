@@ -15,11 +15,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import tiny
-from holdfast.compare import Texts, compare
+from holdfast.compare import compare
 from holdfast.data.rows import Source
 from holdfast.errors import RequestError
 from holdfast.measure import shared_documents
 from holdfast.meters.canary import Canary, read_bits, read_canary
+from holdfast.pair import Texts
 
 Cli = Callable[..., Any]
 PROSE = [{"text": f"it was day {n} and the cat sat {'on ' * (n % 3)}the mat."} for n in range(24)]

@@ -98,6 +98,24 @@ def test_while_training_nothing_is_read_that_a_gate_reads(tmp_path: Path) -> Non
     assert measure.routed(model) is None
 
 
+def test_the_split_is_by_what_a_row_says_not_by_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path, another folder or another order must not move text between the halves."""
+    rows = [{**row, "domain": "d"} for row in TEXTS]
+    (tmp_path / "elsewhere").mkdir()
+    moved = canary_of(tmp_path / "elsewhere", rows[::-1])
+    monkeypatch.chdir(tmp_path)
+    canary_of(tmp_path, rows)
+    here = Canary(sources=[Source(path="text.jsonl")])
+    one, other = (
+        {d.id: d.split for d in text_documents(canary, tiny.letters(), 64)}
+        for canary in (here, moved)
+    )
+    assert one == other
+    assert set(one.values()) == {"selection", "sealed"}
+
+
 def test_the_context_is_the_smaller_of_model_and_tokenizer() -> None:
     model, tokenizer = tiny.tiny("Llama"), tiny.letters()
     assert context_length(model.config, tokenizer) == 64

@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from holdfast.between import FINEST, between, block_of
-from holdfast.compare import Texts
 from holdfast.data.rows import Source
 from holdfast.errors import RequestError
 from holdfast.gate.margins import Gate
 from holdfast.meters import Reading
 from holdfast.meters.canary import Canary
+from holdfast.pair import Texts
 from holdfast.points import Point, furthest, judged, recovered
 from holdfast.report.frontier import Mark, frontier
 from holdfast.rewind import rewind

@@ -6,6 +6,8 @@ may be looked at (`glance`).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +21,7 @@ import numpy as np
 
 from holdfast import model as models
 from holdfast.data.chat import encode
-from holdfast.data.rows import iter_rows
+from holdfast.data.rows import Row, iter_rows
 from holdfast.errors import RequestError
 from holdfast.meters import Reading
 from holdfast.meters.adoption import Form, read_adoption
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from holdfast.data.stream import Stream
     from holdfast.reference import Reference
 
+_SAID = ("text", "messages", "prompt", "completion")
+"""Keys of a row that hold what it says."""
 LONGEST = 2048
 """Upper bound of a window, where nobody asks for another."""
 WINDOWS = 4
@@ -319,12 +323,19 @@ def text_documents(
                 continue
             already = len(found)
             for example in encode(row, tokenizer, max_length=max_length)[:WINDOWS]:
-                one = document(example.input_ids, example.loss_mask, domain, row.where)
+                one = document(example.input_ids, example.loss_mask, domain, row_hash(row))
                 found.setdefault((domain, one.id), one)
             rows[domain] += len(found) > already
     if not found:
         raise RequestError("canary.sources: no rows in them; give text rows, or leave it out")
     return list(found.values())
+
+
+def row_hash(row: Row) -> str:
+    """What a canary row says, hashed: its cluster, and so its split, wherever the file lies."""
+    said = {key: row.content[key] for key in _SAID if key in row.content}
+    text = json.dumps(said, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def shared_documents(
@@ -353,7 +364,7 @@ def shared_documents(
             cut = replace(row, content={"text": text})
             for documents, tokenizer in zip(found, tokenizers, strict=True):
                 for one in encode(cut, tokenizer, max_length=max_length):
-                    documents.append(document(one.input_ids, one.loss_mask, domain, row.where))
+                    documents.append(document(one.input_ids, one.loss_mask, domain, row_hash(row)))
     return found
 
 

@@ -21,12 +21,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from rich.console import Console
 
-from holdfast import model as models
 from holdfast.between import (
     Checkpoints,
     Line,
@@ -37,18 +35,15 @@ from holdfast.between import (
     saved_while_training,
     why_not_scaled,
 )
-from holdfast.checkpoint import Checkpoint, Dtype, load_checkpoint, require_made_for
-from holdfast.compare import QUIET, Texts, _asked, _environment, _require_free, _title, _written
+from holdfast.checkpoint import Checkpoint, Dtype
 from holdfast.errors import RequestError
 from holdfast.files import write_text
 from holdfast.gate.verdict import Gate, GateResult, Verdict, decide
-from holdfast.lineage import locate
-from holdfast.measure import require_finite, sampled_documents, text_documents
+from holdfast.measure import require_finite
 from holdfast.meters import Reading, Split
-from holdfast.meters.canary import Document
 from holdfast.meters.probes import Item
+from holdfast.pair import QUIET, Pair, Texts, asked, load_pair, of_run, require_free, title, written
 from holdfast.points import Point, Rule, as_sealed, furthest, guardrails, judged, recovered
-from holdfast.recipe import load_recipe
 from holdfast.report.frontier import Mark
 from holdfast.report.page import ReportData, write_report
 
@@ -123,22 +118,18 @@ def rewind(
             this kind leads from one to the other, or the items are too few; nothing is written.
     """
     started = time.perf_counter()
-    _require_free(out)
-    theirs = None if texts and gate else _of_run(tuned)
+    require_free(out)
+    theirs = None if texts and gate else of_run(tuned)
     texts = texts or (theirs[0] if theirs else Texts())
     gate = gate or (theirs[1] if theirs else Gate())
     items = texts.items()
     folders = saved_while_training(tuned) if path == "checkpoints" else []
-    with console.status(f"loading {base}"):
-        first = load_checkpoint("BASE", base, tokenizer, dtype)
-    with console.status(f"loading {tuned}"):
-        require_made_for(first, tuned, dtype)
-        last = load_checkpoint("TUNED", tuned, tokenizer, dtype)
-    _require_two(first, last, base, tuned)
-    environment = _environment(base=first, tuned=last)
+    pair = load_pair(base, tuned, tokenizer, dtype, console)
+    _require_one_vocabulary(pair)
+    first, last = pair.base, pair.tuned
     notes: list[str] = []
     summary: dict[str, Any] = {}
-    documents = _documents(first, last, texts, seed, summary, console)
+    documents = pair.texts_or_samples(texts, seed, summary, console)
     halves = {split: [i for i in items if split_of(i) == split] for split in SPLITS}
     _require_both_halves(items, halves)
     selection = texts.measure(first.tokenizer, documents, halves["selection"])
@@ -190,18 +181,18 @@ def rewind(
     result = Rewound(in_order, chosen, tuple(notes), verdict, None, summary)
     if out is None:
         return result
-    with _written(out) as folder:
+    with written(out) as folder:
         kind = way.write(position, folder.path) if position else None
         folder.append(sealed)
         folder.write_verdict(summary, verdict.as_dict() if verdict else {})
         frontier = [mark.as_record() for mark in result.marks()]
         write_text(folder.path / "frontier.json", json.dumps(frontier, indent=2) + "\n")
         data = ReportData(
-            title=f"{_title(base)} → {_title(tuned)}, rewound",
+            title=f"{title(base)} → {title(tuned)}, rewound",
             verdict=verdict,
             readings=[reading.as_record() for reading in sealed],
-            recipe=_asked(texts, base=base, tuned=tuned, path=path, rule=rule),
-            environment=environment,
+            recipe=asked(texts, base=base, tuned=tuned, path=path, rule=rule),
+            environment=pair.environment(),
             summary=summary,
             about="No step from base to tuned keeps every guardrail: what is left is the base.",
             frontier=result.marks(),
@@ -220,48 +211,11 @@ def split_of(item: Item) -> Split:
     return "sealed" if digest[0] % 2 else "selection"
 
 
-def _of_run(tuned: str) -> tuple[Texts, Gate] | None:
-    """What a run was read with and held to; None where `tuned` is no run folder."""
-    run = Path(tuned).expanduser()
-    if not (run / "recipe.yaml").is_file() or locate(tuned, field="TUNED").run is None:
-        return None
-    recipe = load_recipe(run / "recipe.yaml")
-    return Texts(recipe.canary, recipe.probes), recipe.gate
-
-
-def _require_two(first: Checkpoint, last: Checkpoint, base: str, tuned: str) -> None:
-    if (sha := models.hash_weights(first.model)) == models.hash_weights(last.model):
-        raise RequestError(
-            f"BASE '{base}' and TUNED '{tuned}' are the same weights (sha256 {sha[:12]}), so there "
-            "is no way between them; give the model as it was before, and as it is after"
-        )
-    if first.tokenizer.get_vocab() != last.tokenizer.get_vocab():
+def _require_one_vocabulary(pair: Pair) -> None:
+    if not pair.same_vocabulary():
         raise RequestError(
             "the tokenizers of BASE and TUNED differ, so nothing between the two has one; give a "
             "TUNED with the base's tokenizer, or --tokenizer FOLDER for both"
-        )
-
-
-def _documents(
-    first: Checkpoint,
-    last: Checkpoint,
-    texts: Texts,
-    seed: int,
-    notes: dict[str, Any],
-    console: Console,
-) -> list[Document]:
-    longest = min(first.context, last.context)
-    if texts.canary.sources:
-        return text_documents(texts.canary, first.tokenizer, longest)
-    with console.status("sampling the canary from the base"), TemporaryDirectory() as scratch:
-        return sampled_documents(
-            first.model,
-            first.tokenizer,
-            rows=texts.canary.max_documents,
-            max_length=longest,
-            seed=seed,
-            keep=Path(scratch) / "canary.json",
-            notes=notes,
         )
 
 

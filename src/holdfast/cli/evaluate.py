@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from holdfast.checkpoint import Dtype
-    from holdfast.compare import Texts
     from holdfast.meters import Reading
+    from holdfast.pair import Texts
 
 DTYPES = ("auto", "float32", "bfloat16")
 ONLY_OF_TWO = ("kl", "canary_rise", "canary_kl", "canary_perplexity")
@@ -137,8 +137,8 @@ def compare(
 
 
 def _texts(canary: list[str] | None, probes: list[str] | None, run_code: bool) -> Texts:
-    from holdfast.compare import Texts
     from holdfast.meters.canary import Canary
+    from holdfast.pair import Texts
 
     sources = {"sources": canary or []}
     return Texts(Canary.model_validate(sources), probes or [], run_code)
