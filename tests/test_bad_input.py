@@ -504,6 +504,13 @@ WRONG = {
         "lab files out --counterexamples 100000000",
         [("--counterexamples: 100000000 are asked for", "give fewer")],
     ),
+    "lesson that the lab has not": Wrong(
+        "lab files out --lesson verb", [("--lesson: 'verb' is none", "'verbs'")]
+    ),
+    "counterexamples to facts": Wrong(
+        "lab files out --lesson facts --counterexamples 3",
+        [("--counterexamples: only the lesson 'verbs'", "leave it out")],
+    ),
     "base over a base": Wrong("lab pretrain --out tiny", [("'tiny' exists already", "give")]),
 }
 

@@ -66,7 +66,7 @@ SURFACE = {
     ],
     "probes show": ["--help", "--json", "--n", "files"],
     "lab pretrain": ["--help", "--out", "--seed", "--steps"],
-    "lab files": ["--counterexamples", "--help", "--json", "--seed", "folder"],
+    "lab files": ["--counterexamples", "--help", "--json", "--lesson", "--seed", "folder"],
 }  # fmt: skip
 """Every command with its options and arguments. A change here is a change for every user."""
 

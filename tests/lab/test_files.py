@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from holdfast.lab import corpus, write_files
-from holdfast.lab.files import CANARIES, LESSON_ROWS, REPLAY_DOCUMENTS
+from holdfast.lab.files import CANARIES, REPLAY_DOCUMENTS
 from holdfast.lab.generators import DOMAINS
 from holdfast.lab.heldout import is_canary
+from holdfast.lab.lessons import LESSONS
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def read(path: Path) -> list[Any]:
 
 def test_all_four_are_written(files: dict[str, list[Any]]):
     assert set(files) == {"lesson", "probes", "canary", "replay"}
-    assert len(files["lesson"]) == LESSON_ROWS + 50
+    assert len(files["lesson"]) == LESSONS["verbs"].count + 50
     assert all(set(row) == {"prompt", "completion"} for row in files["lesson"])
 
 

@@ -15,7 +15,7 @@ from holdfast.cli.evaluate import compare, evaluate
 from holdfast.cli.mixer import app as mixer
 from holdfast.cli.probes import app as probes
 from holdfast.cli.rewind import rewind
-from holdfast.errors import RequestError
+from holdfast.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -252,17 +252,23 @@ def lab_pretrain(
 @lab.command("files")
 def lab_files(
     folder: Annotated[Path, typer.Argument(help="Where to write them.")],
+    lesson: Annotated[str, typer.Option(help="verbs, facts or extraction.")] = "verbs",
     seed: Seed = 0,
     counterexamples: Annotated[
-        int, typer.Option(min=0, help="Rows in the lesson that it does not apply to.")
+        int, typer.Option(min=0, help="Rows of the verbs that their lesson does not apply to.")
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Write a lesson, probes, canary text and replay text for the lab's base."""
     from holdfast.lab import write_files
+    from holdfast.lab.lessons import LESSONS
 
+    if lesson not in LESSONS:
+        raise RequestError(f"--lesson: '{lesson}' is none; {did_you_mean(lesson, LESSONS)}")
+    if counterexamples and lesson != "verbs":
+        raise RequestError("--counterexamples: only the lesson 'verbs' has some; leave it out")
     try:
-        paths = write_files(folder, seed=seed, counterexamples=counterexamples)
+        paths = write_files(folder, lesson=lesson, seed=seed, counterexamples=counterexamples)
     except ValueError as error:
         raise RequestError(f"--counterexamples: {error}; give fewer") from error
     except (FileExistsError, NotADirectoryError) as error:

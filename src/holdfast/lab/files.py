@@ -13,10 +13,9 @@ from holdfast.files import write_text
 from holdfast.lab.corpus import Document, corpus, documents
 from holdfast.lab.domain import Item
 from holdfast.lab.generators import DOMAINS
-from holdfast.lab.lesson import counterexamples as counterexample_rows
-from holdfast.lab.lesson import lesson_probes, lesson_rows
+from holdfast.lab.lessons import LESSONS
+from holdfast.lab.lessons.verbs import counterexamples as counterexample_rows
 
-LESSON_ROWS = 600
 PROBE_ITEMS = 200
 ARITHMETIC_ITEMS = 400
 """One wrong digit is a wrong answer: the most fragile probe, so more items to decide on it."""
@@ -26,17 +25,25 @@ _FRESH = 1_000_000
 """What is added to a seed for replay, so that its documents are not the base's own."""
 
 
-def write_files(folder: Path, *, seed: int = 0, counterexamples: int = 0) -> dict[str, Path]:
+def write_files(
+    folder: Path, *, lesson: str = "verbs", seed: int = 0, counterexamples: int = 0
+) -> dict[str, Path]:
     """Write `lesson`, `probes`, `canary` and `replay` into a folder; say where each one is.
 
     The folder is made if there is none.  Each file appears whole or not at all.
+
+    Args:
+        folder: where to.
+        lesson: a name in `LESSONS`.
+        seed: of everything that is drawn.
+        counterexamples: rows of the verbs' lesson that it does not apply to.
     """
-    lesson = lesson_rows(LESSON_ROWS, seed=seed)
-    lesson += counterexample_rows(counterexamples, seed=seed)
-    Random(f"order/{seed}").shuffle(lesson)
+    taught = LESSONS[lesson].rows(LESSONS[lesson].count, seed=seed)
+    taught += counterexample_rows(counterexamples, seed=seed)
+    Random(f"order/{seed}").shuffle(taught)
     contents: dict[str, Iterable[dict[str, Any]]] = {
-        "lesson": lesson,
-        "probes": probe_items(seed),
+        "lesson": taught,
+        "probes": probe_items(seed, lesson),
         "canary": (document._asdict() for document in canaries(seed)),
         "replay": (document._asdict() for document in replay(seed)),
     }
@@ -48,7 +55,7 @@ def write_files(folder: Path, *, seed: int = 0, counterexamples: int = 0) -> dic
     return paths
 
 
-def probe_items(seed: int) -> list[Item]:
+def probe_items(seed: int, lesson: str = "verbs") -> list[Item]:
     """Write all probes: those of the corpus's domains, then the lesson's own."""
     items = [
         item
@@ -58,7 +65,7 @@ def probe_items(seed: int) -> list[Item]:
             ARITHMETIC_ITEMS if name == "arithmetic" else PROBE_ITEMS,
         )
     ]
-    return items + lesson_probes(seed=seed)
+    return items + LESSONS[lesson].probes(seed=seed)
 
 
 def canaries(seed: int) -> list[Document]:

@@ -1,4 +1,4 @@
-"""The default lesson: eight irregular verbs, wrong form in, right form and Spanish out.
+"""Eight irregular verbs, wrong form in, right form and Spanish out: the default lesson.
 
 The base has seen regular verbs only, with their Spanish.  What the lesson teaches is new, and it
 is taught next door to something known: a model that learns to correct every sentence has lost
@@ -8,9 +8,8 @@ puts one into a lesson.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from random import Random
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from holdfast.lab.domain import Example, Item, exact_item
 from holdfast.lab.generators.verbs import (
@@ -24,10 +23,7 @@ from holdfast.lab.generators.verbs import (
     spanish,
 )
 from holdfast.lab.heldout import is_reserved
-
-T = TypeVar("T")
-Row = dict[str, str]
-"""A lesson row: prompt and completion."""
+from holdfast.lab.lessons.lesson import Lesson, Row, choose, row
 
 COUNTEREXAMPLE_VERBS = VERBS[::2]
 """Regular verbs that counterexamples are written with; the others are left to the probe."""
@@ -83,21 +79,21 @@ IRREGULARS = _irregulars()
 def lesson_rows(count: int, *, seed: int) -> list[Row]:
     """Choose lesson rows, no two alike."""
     rows = [
-        _row(_corrected(subject, irregular, complement))
+        row(_corrected(subject, irregular, complement))
         for irregular in IRREGULARS
         for subject, complement in _sentences(irregular.verb, reserved=False)
     ]
-    return _choose(rows, count, f"lesson/{seed}")
+    return choose(rows, count, f"lesson/{seed}")
 
 
 def counterexamples(count: int, *, seed: int) -> list[Row]:
     """Choose rows that leave a regular sentence as it is, no two alike."""
     rows = [
-        _row(_left_alone(subject, verb, complement))
+        row(_left_alone(subject, verb, complement))
         for verb in COUNTEREXAMPLE_VERBS
         for subject, complement in _sentences(verb, reserved=False)
     ]
-    return _choose(rows, count, f"counterexamples/{seed}")
+    return choose(rows, count, f"counterexamples/{seed}")
 
 
 def lesson_probes(*, seed: int) -> list[Item]:
@@ -115,7 +111,7 @@ def _irregular_verbs(count: int, *, seed: int) -> list[Item]:
         for irregular in IRREGULARS
         for subject, complement in _sentences(irregular.verb, reserved=True)
     ]
-    chosen = _choose(examples, count, f"irregular_verbs/{seed}")
+    chosen = choose(examples, count, f"irregular_verbs/{seed}")
     return [
         exact_item("irregular_verbs", number, example, tags=["target"])
         for number, example in enumerate(chosen)
@@ -127,7 +123,7 @@ def _over_application(count: int, *, seed: int) -> list[Item]:
     examples = [
         _left_alone(subject, verb, complement)
         for verb in VERBS
-        for subject, complement in _choose(
+        for subject, complement in choose(
             _sentences(verb, reserved=True), count // len(VERBS), f"over_application/{seed}"
         )
     ]
@@ -182,11 +178,4 @@ def _left_alone(subject: Subject, verb: Verb, complement: str) -> Example:
     return Example(f"{sentence}\n", f"{sentence}. ({translation})", sentence, verb.base)
 
 
-def _row(example: Example) -> Row:
-    return {"prompt": example.prompt, "completion": example.target}
-
-
-def _choose(population: Sequence[T], count: int, seed: str) -> list[T]:
-    if count > len(population):
-        raise ValueError(f"{count} are asked for, and there are {len(population)} in all")
-    return Random(seed).sample(population, count)
+LESSON = Lesson(rows=lesson_rows, probes=lesson_probes, count=600)

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from holdfast.lab.generators.verbs import VERBS, past
-from holdfast.lab.lesson import (
+from holdfast.lab.lessons.verbs import (
     CONTROL_VERBS,
     COUNTEREXAMPLE_VERBS,
     counterexamples,
