@@ -26,7 +26,10 @@ PROSE = [{"text": f"it was day {n} and the cat sat {'on ' * (n % 3)}the mat."} f
 PROBES = [
     {"id": f"{n}", "probe": "sums", "kind": "nll", "prompt": f"{n} + 1 =", "target": f" {n + 1}."}
     for n in range(8)
-] + [{"id": "w", "probe": "words", "kind": "exact", "prompt": "a", "target": "b", "stop": ["."]}]
+] + [
+    {"id": f"w{n}", "probe": "words", "kind": "exact", "prompt": "a", "target": "b", "stop": ["."]}
+    for n in range(4)
+]
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}."} for n in range(24)]
 PAIRS = [{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}.", "rejected": " no."} for n in range(24)]
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", lora_dropout=0.1)
@@ -128,7 +131,9 @@ def test_training_does_not_notice_it(make: Any, lora: bool, inputs: Path, tmp_pa
     runs = []
     for name in ("bare", "guarded"):
         torch.manual_seed(1)
-        guard = guard_of(inputs, tmp_path / "run") if name == "guarded" else None
+        guard = None
+        if name == "guarded":
+            guard = guard_of(inputs, tmp_path / "run", measure_probes=True)
         trainer = make(tmp_path / name, guard, lora=lora)
         trainer.train()
         runs.append((history(trainer), trainer.model.state_dict(), torch.rand(1)))
@@ -160,6 +165,8 @@ def test_training_does_not_notice_it(make: Any, lora: bool, inputs: Path, tmp_pa
         json.loads(line) for line in (tmp_path / "run" / "items.jsonl").read_text().splitlines()
     ]
     assert sum(pair["name"] == "sums" for pair in pairs) == 8
+    (row,) = (row for row in guard.verdict.rows if row.name == "sums")
+    assert row.n == sum((p["name"], p["split"]) == ("sums", "sealed") for p in pairs) < 8
 
 
 def test_the_last_reading_is_that_of_the_trained_model(inputs: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from holdfast.meters.probes import Item
 from holdfast.meters.recovery import recovery_examples
 
 TEXTS = [{"text": f"it was day {n} and the cat sat on the mat."} for n in range(12)]
-ITEMS = [Item(id=f"{n}", probe="sums", kind="nll", prompt="1 +", target=f" {n}.") for n in range(3)]
+ITEMS = [Item(id=f"{n}", probe="sums", kind="nll", prompt="1 +", target=f" {n}.") for n in range(8)]
 
 
 def canary_of(folder: Path, rows: list[dict[str, Any]], **more: Any) -> Canary:
@@ -86,11 +87,22 @@ def test_a_domain_has_so_many_documents_and_none_twice(tmp_path: Path) -> None:
 
 def test_while_training_nothing_is_read_that_a_gate_reads(tmp_path: Path) -> None:
     documents = text_documents(canary_of(tmp_path, TEXTS), tiny.letters(), 64)
-    measure = Measure(tiny.letters(), documents, ITEMS, documents)
+    measure = Measure(tiny.letters(), documents, ITEMS, documents, choosing=True)
     model = tiny.tiny("Llama")
-    seen = {(r.meter, r.split) for r in measure.glance(model, 1, lesson=True, probes=True)}
-    assert seen == {("canary", "selection"), ("lesson", "selection"), ("probe", "train")}
+    while_training = measure.glance(model, 1, lesson=True)
+    assert {(r.meter, r.split) for r in while_training} == {
+        ("canary", "selection"), ("lesson", "selection"), ("probe", "selection")
+    }  # fmt: skip
+    looked_at = {(r.meter, r.name, i) for r in while_training for i in r.items}
+    sealed = [r for r in measure.whole(model, 1) if r.split == "sealed"]
+    judged = {(r.meter, r.name, i) for r in sealed for i in r.items}
+    assert looked_at
+    assert not looked_at & judged
+    assert {("probe", i.probe, i.id) for i in ITEMS} <= looked_at | judged
+    measure = replace(measure, choosing=False)
     assert {(r.meter, r.split) for r in measure.glance(model, 1)} == {("canary", "selection")}
+    (all_items,) = [r for r in measure.whole(model, 0) if r.meter == "probe"]
+    assert (all_items.split, all_items.n) == ("sealed", len(ITEMS))
     whole = measure.whole(model, 0)
     assert {("canary", "sealed"), ("lesson", "sealed"), ("probe", "sealed")} <= {
         (r.meter, r.split) for r in whole
@@ -174,8 +186,8 @@ def test_answers_in_the_lessons_form_are_counted_where_it_does_not_apply() -> No
     assert share > 0
     assert (found["over_application"], found["adoption"]) == (share, 1 - share)
     assert measure.notes == {}
-    while_training = measure.glance(model, 1, probes=True)
-    assert ("over_application", "train") in {(r.meter, r.split) for r in while_training}
+    while_training = replace(measure, choosing=True).glance(model, 1)
+    assert ("over_application", "selection") in {(r.meter, r.split) for r in while_training}
 
 
 def test_a_lesson_without_a_form_is_noted_and_not_read() -> None:

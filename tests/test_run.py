@@ -402,17 +402,29 @@ def test_an_item_that_nothing_can_be_learned_from_is_refused_before_training(
 
 
 def test_probes_are_read_while_training_where_that_is_asked(inputs: Path, tmp_path: Path) -> None:
-    """The curve has the gate's items, which nothing may be chosen by: its split is `train`."""
+    """The curve has the selection half of the items; the gate has the other one alone."""
     train = {"steps": 4, "batch_tokens": 128, "measure_every": 2, "measure_probes": True}
-    run.train(recipe_of(inputs, tmp_path / "run", train=train))
+    many = [{**PROBES[n % 2], "id": f"{n}", "prompt": f"7{n} + 1 ="} for n in range(16)]
+    words = [{**PROBES[2], "id": f"{n}"} for n in range(8)]
+    probes = str(tiny.jsonl(tmp_path / "probes.jsonl", many + words))
+    result = run.train(recipe_of(inputs, tmp_path / "run", train=train, probes=[probes]))
     found = {key for key in readings(tmp_path / "run") if key[1:3] == ("probe", "sums")}
-    assert found == {(0, "probe", "sums", "sealed"), (2, "probe", "sums", "train"),
-                     (4, "probe", "sums", "sealed")}  # fmt: skip
+    assert found == {(step, "probe", "sums", split) for step, split in (
+        (0, "sealed"), (0, "selection"), (2, "selection"), (4, "sealed"), (4, "selection"))
+    }  # fmt: skip
     pairs = [json.loads(x) for x in (tmp_path / "run" / "items.jsonl").read_text().splitlines()]
-    words = next(pair for pair in pairs if pair["name"] == "words")
-    assert isinstance(words["answer_before"], str)
-    assert isinstance(words["answer_after"], str)
-    assert {pair["id"] for pair in pairs if pair["name"] == "sums"} == {"1", "2"}
+    answered = next(pair for pair in pairs if pair["name"] == "words")
+    assert isinstance(answered["answer_before"], str)
+    assert isinstance(answered["answer_after"], str)
+    halves = {half: {pair["id"] for pair in pairs if (pair["name"], pair["split"]) == (
+        "sums", half)} for half in ("selection", "sealed")}  # fmt: skip
+    assert halves["selection"] ^ halves["sealed"] == {f"{n}" for n in range(16)}
+    assert result.verdict is not None
+    (row,) = [row for row in result.verdict.rows if row.name == "sums"]
+    assert row.n == len(halves["sealed"])
+    with pytest.raises(RequestError, match=r"'(sums|words)' has no item in the \w+ split"):
+        run.train(recipe_of(inputs, tmp_path / "few", train=train))
+    assert not (tmp_path / "few").exists()
 
 
 def prepared_for(inputs: Path, folder: Path, **fields: Any) -> Prepared:

@@ -43,7 +43,7 @@ from holdfast.measure import (
 from holdfast.meters import Reading
 from holdfast.meters.canary import Canary
 from holdfast.meters.drift import Start
-from holdfast.meters.probes import load_items
+from holdfast.meters.probes import load_items, require_both_halves
 from holdfast.meters.ranks import read_ranks
 from holdfast.meters.recovery import recovery_examples
 from holdfast.meters.routing import Routing
@@ -70,8 +70,9 @@ class Settings(Section):
     """The run folder; it must not exist yet, or be empty, unless training is resumed."""
     gate: Gate = Gate()
     """How much may be forgotten."""
-    measure_probes: bool = True
-    """Read the probes while training, too; false: only before and after."""
+    measure_probes: bool = False
+    """Read the probes while training, too, on their selection half; the gate then judges the other
+    half alone. false: only before and after, and the gate has all items."""
     run_generated_code: bool = False
     """Run what the model writes for code items, in a sandbox; without it they are refused."""
     max_length: int | None = Field(default=None, ge=16)
@@ -110,6 +111,8 @@ class Guard(TrainerCallback):
         except ValidationError as error:
             raise RequestError(*explain(error, Settings, where="Guard")) from error
         self.items = load_items(self.settings.probes)
+        if self.settings.measure_probes:
+            require_both_halves(self.items)
         for source in self.settings.canary.sources:
             if local_path(source.path) is not None:
                 check_rows(source, need_response=False)
@@ -138,7 +141,7 @@ class Guard(TrainerCallback):
         step = state.global_step
         if self._watch is not None and step % self.settings.every == 0 and step < state.max_steps:
             with _undisturbed(model):
-                self._watch.glance(model, step, probes=self.settings.measure_probes)
+                self._watch.glance(model, step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the losses that the trainer logs."""
@@ -235,6 +238,7 @@ class _Watch:
             tokenizer,
             canary,
             guard.items,
+            choosing=settings.measure_probes,
             run_generated_code=settings.run_generated_code,
             practice=recovery_examples(guard.items, tokenizer, models.causal_lm(model).config),
             notes=summary,
@@ -257,8 +261,8 @@ class _Watch:
         if self.folder is not None:
             self.folder.append(readings)
 
-    def glance(self, model: Any, step: int, *, probes: bool) -> None:
-        found = self.timed(lambda: self.measure.glance(model, step, probes=probes))
+    def glance(self, model: Any, step: int) -> None:
+        found = self.timed(lambda: self.measure.glance(model, step))
         if self.start is not None:
             total = self.start.displacement().relative
             found.append(Reading("drift", "total", "train", step, total, None, 1, "relative"))

@@ -23,7 +23,7 @@ from holdfast import model as models
 from holdfast.data.chat import encode
 from holdfast.data.rows import Row, iter_rows
 from holdfast.errors import RequestError
-from holdfast.meters import Reading
+from holdfast.meters import HALVES, Reading, Split
 from holdfast.meters.adoption import Form, read_adoption
 from holdfast.meters.canary import (
     OWN_SAMPLES,
@@ -81,6 +81,9 @@ class Measure:
     items: Sequence[Item] = ()
     heldout: Sequence[Document] = ()
     """Lesson rows that are not trained on."""
+    choosing: bool = False
+    """Whether something is chosen by the probes: then their selection half may be looked at, and
+    the gate has their sealed half; without it, it has all items."""
     run_generated_code: bool = False
     """Run what the model writes for code items, in a sandbox; without it they are refused."""
     rows: Sequence[Document] = ()
@@ -122,7 +125,7 @@ class Measure:
         found = [
             *canary,
             *read_canary(model, self.heldout, "sealed", step, meter="lesson"),
-            *self._probes(model, step, cached),
+            *self._probes(model, step, cached=cached),
             *read_bits(canary, self.canary, self.tokenizer),
         ]
         if reference is not None:
@@ -134,16 +137,23 @@ class Measure:
         """Where a mixture of experts sends the sealed canary; None for any other model."""
         return read_routing(model, self.canary, "sealed") if routers(model) else None
 
-    def _probes(self, model: Any, step: int, cached: bool) -> list[Reading]:
-        """Every probe, and over-application on the items tagged `adoption`."""
-        found = read_probes(
-            model,
-            self.tokenizer,
-            self.items,
-            step,
-            results=Results(model, self.tokenizer) if cached and self.items else None,
-            run_generated_code=self.run_generated_code,
-        )
+    def _probes(
+        self, model: Any, step: int, *, halves: Sequence[Split] = HALVES, cached: bool = False
+    ) -> list[Reading]:
+        """Every probe by halves, or whole where nothing is chosen by them; and over-application."""
+        found = [
+            reading
+            for half in (halves if self.choosing else (None,))
+            for reading in read_probes(
+                model,
+                self.tokenizer,
+                self.items,
+                step,
+                split=half,
+                results=Results(model, self.tokenizer) if cached and self.items else None,
+                run_generated_code=self.run_generated_code,
+            )
+        ]
         return [*found, *(read_adoption(found, self.items, self.form) if self.form else ())]
 
     def afterwards(
@@ -177,7 +187,7 @@ class Measure:
 
         Nothing where no probe fell as a whole, or there is no item to practise on.
         """
-        then, now = list(before), list(after)
+        then, now = ([r for r in found if r.split == "sealed"] for found in (before, after))
         was = {r.name: r.value for r in then if r.meter == "probe"}
         fell = {r.name for r in now if r.meter == "probe" and r.value < was.get(r.name, r.value)}
         lost = fallen(then, now)
@@ -249,19 +259,16 @@ class Measure:
         first, last = ([r for r in found if r.meter == "canary"] for found in (before, after))
         return read_rise(first, last)
 
-    def glance(
-        self, model: Any, step: int, *, lesson: bool = False, probes: bool = False
-    ) -> list[Reading]:
-        """The selection half of the canary; of the lesson and the probes where asked for.
+    def glance(self, model: Any, step: int, *, lesson: bool = False) -> list[Reading]:
+        """The selection half: of the canary, of the probes if `choosing`, of the lesson if asked.
 
-        Probe items are those of the gate, which no choice may rest on: such a reading is one of
-        training's own (split `train`), and no gate reads it.
+        The gate reads none of it.
         """
         found = read_canary(model, self.canary, "selection", step)
         if lesson:
             found += read_canary(model, self.heldout, "selection", step, meter="lesson")
-        if probes:
-            found += [replace(one, split="train") for one in self._probes(model, step, False)]
+        if self.choosing:
+            found += self._probes(model, step, halves=("selection",))
         return found
 
 

@@ -73,8 +73,9 @@ class Train(Section):
     measure_every: int | None = Field(default=None, ge=1)
     """Steps between canary readings while training; empty: a fifth of the run."""
     measure_probes: bool = False
-    """Read the probes, too, whenever the canary is read while training; before and after training
-    they are read in any case. For the report only: neither the gate nor a lever looks at it."""
+    """Read the probes, too, whenever the canary is read while training, on the half of their items
+    that falls to the selection split; the gate then judges the other half alone. false: the gate
+    has all items, and while training only the canary is watched."""
     run_generated_code: bool = False
     """Run what the model writes for code items, in a sandbox; without it they are refused."""
     activation_checkpointing: bool = False

@@ -15,10 +15,9 @@ mitigate (arXiv 2510.17776), so the point is measured for each run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,8 +39,8 @@ from holdfast.errors import RequestError
 from holdfast.files import write_text
 from holdfast.gate.verdict import Gate, GateResult, Verdict, decide
 from holdfast.measure import require_finite
-from holdfast.meters import Reading, Split
-from holdfast.meters.probes import Item
+from holdfast.meters import Reading
+from holdfast.meters.probes import require_both_halves
 from holdfast.pair import QUIET, Pair, Texts, asked, load_pair, of_run, require_free, title, written
 from holdfast.points import Point, Rule, as_sealed, furthest, guardrails, judged, recovered
 from holdfast.report.frontier import Mark
@@ -123,6 +122,7 @@ def rewind(
     texts = texts or (theirs[0] if theirs else Texts())
     gate = gate or (theirs[1] if theirs else Gate())
     items = texts.items()
+    require_both_halves(items)
     folders = saved_while_training(tuned) if path == "checkpoints" else []
     pair = load_pair(base, tuned, tokenizer, dtype, console)
     _require_one_vocabulary(pair)
@@ -130,18 +130,16 @@ def rewind(
     notes: list[str] = []
     summary: dict[str, Any] = {}
     documents = pair.texts_or_samples(texts, seed, summary, console)
-    halves = {split: [i for i in items if split_of(i) == split] for split in SPLITS}
-    _require_both_halves(items, halves)
-    selection = texts.measure(first.tokenizer, documents, halves["selection"])
+    measure = replace(texts.measure(first.tokenizer, documents, items), choosing=True)
     with console.status(f"reading {base}"):
-        before = selection.glance(first.model, 0, probes=True)
+        before = measure.glance(first.model, 0)
     require_finite(before, f"BASE '{base}'")
     _require_decidable(before, gate, rule)
 
     def read(way: Way, position: int) -> Point:
         name = way.name(position)
         with console.status(f"reading {name}"):
-            after = selection.glance(way.model(position), position, probes=True)
+            after = measure.glance(way.model(position), position)
         return judged(position, name, before, after, gate, rule)
 
     way = _way(first, last, path, folders, dtype, read, notes, console)
@@ -166,7 +164,6 @@ def rewind(
     verdict = None
     sealed: list[Reading] = []
     if position:
-        measure = texts.measure(first.tokenizer, documents, halves["sealed"])
         with console.status("reading what was chosen, on the sealed split"):
             sealed = [*measure.whole(first.model, 0), *measure.whole(way.model(position), 1)]
         verdict = decide([r for r in sealed if not r.step], [r for r in sealed if r.step], gate)
@@ -201,33 +198,12 @@ def rewind(
     return replace(result, artifact=out / kind if kind else None)
 
 
-SPLITS: tuple[Split, ...] = ("selection", "sealed")
-
-
-def split_of(item: Item) -> Split:
-    """A pure function of the item's cluster, as of a canary document."""
-    cluster = item.cluster or f"{item.probe}/{item.id}"
-    digest = hashlib.sha256(f"split:{cluster}".encode()).digest()
-    return "sealed" if digest[0] % 2 else "selection"
-
-
 def _require_one_vocabulary(pair: Pair) -> None:
     if not pair.same_vocabulary():
         raise RequestError(
             "the tokenizers of BASE and TUNED differ, so nothing between the two has one; give a "
             "TUNED with the base's tokenizer, or --tokenizer FOLDER for both"
         )
-
-
-def _require_both_halves(items: Iterable[Item], halves: dict[Split, list[Item]]) -> None:
-    """Refuse a probe that would not be watched, or not be judged."""
-    probes = {item.probe for item in items if "recovery" not in item.tags}
-    for split in SPLITS:
-        if lacking := sorted(probes - {item.probe for item in halves[split]}):
-            raise RequestError(
-                f"probes: '{lacking[0]}' has no item in the {split} split, to which about half of "
-                "the items go by their cluster; give more items, such as 200, in several clusters"
-            )
 
 
 def _require_decidable(before: Sequence[Reading], gate: Gate, rule: Rule) -> None:

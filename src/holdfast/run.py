@@ -26,7 +26,7 @@ from holdfast.lineage import locate
 from holdfast.measure import Measure, lesson_documents
 from holdfast.meters import Reading
 from holdfast.meters.motion import Walk
-from holdfast.meters.probes import load_items
+from holdfast.meters.probes import load_items, require_both_halves
 from holdfast.meters.ranks import read_ranks
 from holdfast.meters.recovery import recovery_examples
 from holdfast.plan import settled, skeleton
@@ -63,6 +63,8 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     recipe = settled(recipe.with_mixer())
     started = time.perf_counter()
     items = load_items(recipe.probes)
+    if recipe.train.measure_probes:
+        require_both_halves(items)
     _refuse_early(recipe)
     folder = RunFolder.open(Path(recipe.out)) if resume else RunFolder.create(Path(recipe.out))
     with nullcontext() if resume else folder.given_up_if_refused():
@@ -82,6 +84,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             canary,
             items,
             prepared.heldout,
+            recipe.train.measure_probes,
             recipe.train.run_generated_code,
             lesson_documents(prepared.setup.lesson),
             recovery_examples(items, tokenizer, base.config),
@@ -166,7 +169,7 @@ def _trainer(
     for lever in levers:
         arguments |= lever.arguments(setup.model.config)
     budget, on_gpu = recipe.levers.budget, torch.cuda.is_available()
-    looked_at = {"lesson": bool(budget.patience), "probes": recipe.train.measure_probes}
+    lesson = bool(budget.patience)
     args = TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=steps,
@@ -197,7 +200,7 @@ def _trainer(
         start=Start(setup.model),
         reference=setup.reference,
         divergence=recipe.levers.kl_anchor.divergence,
-        meters=[lambda step: measure.glance(setup.model, step, **looked_at)],
+        meters=[lambda step: measure.glance(setup.model, step, lesson=lesson)],
         every=recipe.train.measure_every or max(1, steps // 5),
         record=folder.append,
         callbacks=[RichProgress(console)],

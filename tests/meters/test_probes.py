@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tiny
 from holdfast.errors import RequestError
-from holdfast.meters.probes import Item, load_items, read_probes
+from holdfast.meters import HALVES
+from holdfast.meters.probes import Item, load_items, read_probes, require_both_halves
 
 MODEL = tiny.tiny("Llama")
 TOKENIZER = tiny.letters(tiny.CHAT)
@@ -356,3 +359,36 @@ def test_no_file_and_no_item_are_named(tmp_path: Path) -> None:
     empty = tiny.jsonl(tmp_path / "empty.jsonl", [])
     with pytest.raises(RequestError, match="no items in"):
         load_items([str(empty)])
+
+
+# ---- halves
+
+
+def named(name: str, cluster: str | None = None) -> Item:
+    return Item(id=name, probe="p", kind="nll", prompt="a", target="b", cluster=cluster)
+
+
+@given(st.lists(st.tuples(st.text(), st.none() | st.sampled_from("abcdef")), unique=True))
+def test_what_is_not_independent_is_in_one_half(drawn: list[tuple[str, str | None]]) -> None:
+    """Any order, any company: the half of an item is that of its cluster, or its own."""
+    items = [named(name, cluster) for name, cluster in drawn]
+    halves = {item.cluster: item.split for item in items if item.cluster is not None}
+    assert all(item.split == halves.get(item.cluster, item.split) for item in items)
+    assert [named(*one).split for one in drawn] == [item.split for item in items]
+
+
+def test_about_half_of_the_items_fall_to_each_half() -> None:
+    """Binomial with n = 1000 and p = 1/2: 500, sd 15.8; within five of these."""
+    assert abs(sum(named(f"{n}").split == "sealed" for n in range(1000)) - 500) < 79
+
+
+def test_the_two_halves_are_read_apart() -> None:
+    items = [named(f"{n}") for n in range(12)]
+    (whole,) = read_probes(MODEL, TOKENIZER, items, 0)
+    parts = [read_probes(MODEL, TOKENIZER, items, 0, split=half)[0] for half in HALVES]
+    assert [part.split for part in parts] == list(HALVES)
+    assert parts[0].items.keys() | parts[1].items.keys() == whole.items.keys()
+    assert not parts[0].items.keys() & parts[1].items.keys()
+    require_both_halves(items)
+    with pytest.raises(RequestError, match=r"^probes: 'p' has no item in the \w+ split"):
+        require_both_halves(items[:1])

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Split = Literal["selection", "sealed", "train"]
 """`selection` may be looked at to choose, `sealed` is for the gate, `train` is training's own."""
+HALVES: tuple[Split, Split] = ("selection", "sealed")
+
+
+def half_of(cluster: str) -> Split:
+    """A pure function of the cluster: what is not independent is never on both sides."""
+    digest = hashlib.sha256(f"split:{cluster}".encode()).digest()
+    return "sealed" if digest[0] % 2 else "selection"
 
 
 @dataclass(frozen=True)

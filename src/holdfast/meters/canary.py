@@ -22,7 +22,7 @@ from pydantic import Field
 from holdfast.data.rows import Source
 from holdfast.errors import RequestError
 from holdfast.gate.stats import stderr_of_mean
-from holdfast.meters import Reading, Split
+from holdfast.meters import Reading, Split, half_of
 from holdfast.meters.scoring import Scored, mean_nlls
 from holdfast.section import Section
 
@@ -55,8 +55,7 @@ class Document:
     @property
     def split(self) -> Split:
         """A pure function of the cluster: the same document is always in the same split."""
-        digest = hashlib.sha256(f"split:{self.cluster}".encode()).digest()
-        return "sealed" if digest[0] % 2 else "selection"
+        return half_of(self.cluster)
 
 
 def document(ids: list[int], mask: list[bool], domain: str, cluster: str = "") -> Document:

@@ -56,7 +56,7 @@ def canaries(data: ReportData) -> Figure | None:
     """Canary loss by domain, in percent of its first reading; the margin where all share one."""
     units = {str(r.get("unit")) for r in of_meter(data, "canary")} - {"bits/byte"}
     split = _split(data, "canary")
-    series = _moving(data, "canary", (split,), next(iter(units), ""))
+    series = _moving(data, "canary", split, next(iter(units), ""))
     scaled: dict[str, list[Point]] = {}
     for name, points in series.items():
         if first := points[0][1]:
@@ -78,21 +78,20 @@ def canaries(data: ReportData) -> Figure | None:
 
 
 def probes(data: ReportData) -> Figure | None:
-    """Accuracy by probe. Before, while and after training the same items are read."""
-    selection = _split(data, "probe") == "selection"
-    splits = ("selection",) if selection else ("sealed", "train")
+    """Accuracy by probe: on the selection half where that is looked at, else before and after."""
+    split = _split(data, "probe")
     series: dict[str, list[Point]] = {
         name: [(step, 100 * value, 100 * (error or 0.0)) for step, value, error in points]
-        for name, points in _moving(data, "probe", splits, "accuracy").items()
+        for name, points in _moving(data, "probe", split, "accuracy").items()
     }
     layout = two_panels(False, "accuracy, %", "")
-    caption = f"Accuracy by probe. {INTERVALS}"
+    caption = f"Accuracy by probe; {split} split. {INTERVALS}"
     return _figure("probes", "Probes during training", caption, series, layout)
 
 
 def other(data: ReportData, meter: str, unit: str) -> Figure | None:
     """Any other meter, in its own unit; of what is read part by part the whole only."""
-    series = _moving(data, meter, (None,), unit)
+    series = _moving(data, meter, None, unit)
     if meter in BY_PART:
         series = {name: points for name, points in series.items() if name == "total"}
     moved = sorted(series, key=lambda name: -abs(series[name][-1][1] - series[name][0][1]))
@@ -109,19 +108,10 @@ def _split(data: ReportData, meter: str) -> str:
     return "selection" if "selection" in splits else next(iter(sorted(splits)), "")
 
 
-def _moving(
-    data: ReportData, meter: str, splits: tuple[str | None, ...], unit: str
-) -> dict[str, list[Point]]:
-    """Series of more than one step; several splits of one meter are one series."""
-    found: dict[str, dict[int, Point]] = {}
-    for split in splits:
-        for name, points in series_of(data, meter, split=split, unit=unit).items():
-            found.setdefault(name, {}).update((point[0], point) for point in points)
-    return {
-        name: [points[step] for step in sorted(points)]
-        for name, points in found.items()
-        if len(points) > 1
-    }
+def _moving(data: ReportData, meter: str, split: str | None, unit: str) -> dict[str, list[Point]]:
+    """Series of more than one step."""
+    series = series_of(data, meter, split=split, unit=unit)
+    return {name: points for name, points in series.items() if len(points) > 1}
 
 
 def _figure(

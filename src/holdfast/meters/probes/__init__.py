@@ -10,8 +10,22 @@ generators.py  items of our own: formats, JSON, tool calls
 presets.py     what `holdfast probes import NAME` knows by name
 """
 
-from holdfast.meters.probes.items import TAGS, Item, load_items, write_items
+from holdfast.meters.probes.items import (
+    TAGS,
+    Item,
+    load_items,
+    require_both_halves,
+    write_items,
+)
 from holdfast.meters.probes.read import read_probes
 from holdfast.meters.probes.results import Results
 
-__all__ = ["TAGS", "Item", "Results", "load_items", "read_probes", "write_items"]
+__all__ = [
+    "TAGS",
+    "Item",
+    "Results",
+    "load_items",
+    "read_probes",
+    "require_both_halves",
+    "write_items",
+]

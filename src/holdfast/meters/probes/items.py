@@ -14,6 +14,7 @@ from holdfast.data.readers import Malformed, read_file
 from holdfast.errors import RequestError
 from holdfast.explain import explain
 from holdfast.files import write_text
+from holdfast.meters import HALVES, Split, half_of
 from holdfast.meters.probes.checks import Check
 from holdfast.section import Section
 
@@ -114,6 +115,11 @@ class Item(Section):
     def where(self) -> str:
         """The file and line it stands on, or its name."""
         return self._where or f"probes: item '{self.id}' of '{self.probe}'"
+
+    @property
+    def split(self) -> Split:
+        """The half it falls to where probes are used for choosing: a function of its cluster."""
+        return half_of(self.cluster or f"{self.probe}/{self.id}")
 
     @property
     def targets(self) -> list[str]:
@@ -227,6 +233,26 @@ def load_items(paths: Sequence[str]) -> list[Item]:
     if problems:
         raise RequestError(*problems[:SHOWN])
     return items
+
+
+def require_both_halves(items: Iterable[Item]) -> None:
+    """Refuse a probe of which a half would be empty: nobody would watch it, or nobody judge it.
+
+    Raises:
+        RequestError: a line for each such probe.
+    """
+    found: dict[str, set[str]] = {}
+    for item in items:
+        if "recovery" not in item.tags:
+            found.setdefault(item.probe, set()).add(item.split)
+    if problems := [
+        f"probes: '{probe}' has no item in the {half} split, to which about half of the items go "
+        "by their cluster; give more items, such as 200, in several clusters"
+        for probe, halves in sorted(found.items())
+        for half in HALVES
+        if half not in halves
+    ]:
+        raise RequestError(*problems[:SHOWN])
 
 
 def write_items(path: Path, items: Iterable[Item]) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import RequestError
 from holdfast.gate.stats import stderr_of_mean
-from holdfast.meters import Reading
+from holdfast.meters import Reading, Split
 from holdfast.meters.likelihood import Likelihood, Question, likelihoods
 from holdfast.meters.probes.encode import Encoded, encode_items
 from holdfast.meters.probes.grade import is_right
@@ -30,16 +30,18 @@ def read_probes(
     items: Sequence[Item],
     step: int,
     *,
+    split: Split | None = None,
     results: Results | None = None,
     run_generated_code: bool = False,
 ) -> list[Reading]:
-    """One reading a probe, on the sealed split: accuracy (0..1), or nats for nll items.
+    """One reading a probe: accuracy (0..1), or nats for nll items.
 
     Args:
         model: in any mode; it is left as it was.
         tokenizer: the model's own.
         items: those tagged `recovery` are practised on elsewhere, and left out.
         step: optimizer steps taken.
+        split: the half that is read; None: all items, as sealed, where nothing chooses by them.
         results: where results are looked up and stored; those of code never are.
         run_generated_code: run what the model writes for code items, in a sandbox.
 
@@ -49,7 +51,7 @@ def read_probes(
     """
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in items:
-        if "recovery" not in item.tags:
+        if "recovery" not in item.tags and split in (None, item.split):
             groups[item.probe].append(item)
     _allow_code(items, run_generated_code)
     chosen = [item for _, group in sorted(groups.items()) for item in group]
@@ -64,7 +66,8 @@ def read_probes(
             outcome = _read(model, tokenizer, group, tokens)
             if kept is not None:
                 kept.store(group, outcome)
-        readings.append(_reading(probe, group, outcome, step, time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        readings.append(_reading(probe, group, outcome, step, split or "sealed", seconds))
     return readings
 
 
@@ -150,14 +153,16 @@ def _job(item: Item, answer: str) -> Job:
     return Job(begun + answer, item.tests or "")
 
 
-def _reading(probe: str, items: list[Item], outcome: Outcome, step: int, seconds: float) -> Reading:
+def _reading(
+    probe: str, items: list[Item], outcome: Outcome, step: int, split: Split, seconds: float
+) -> Reading:
     values = outcome.values
     names = [item.id for item in items]
     clusters = {item.id: item.cluster or item.id for item in items}
     return Reading(
         meter="probe",
         name=probe,
-        split="sealed",
+        split=split,
         step=step,
         value=sum(values) / len(values),
         stderr=stderr_of_mean(values, list(clusters.values())),
