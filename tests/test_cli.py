@@ -47,6 +47,10 @@ SURFACE = {
         *("--canary", "--dtype", "--help", "--json", "--margin", "--out", "--path", "--probes"),
         *("--rule", "--run-generated-code", "--seed", "--tokenizer", "base", "tuned"),
     ],
+    "gate": [
+        *("--canary", "--dtype", "--gate", "--help", "--json", "--junit", "--margin", "--markdown"),
+        *("--out", "--probes", "--run-generated-code", "--seed", "--tokenizer", "base", "tuned"),
+    ],
     "cache": ["--help"],
     "cache build": [
         *("--data", "--draws", "--help", "--json", "--mass", "--max-entries", "--model", "--on"),

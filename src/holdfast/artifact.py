@@ -15,6 +15,7 @@ README.md        model card
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ from holdfast.files import full_disk_named, write_text
 from holdfast.meters import Reading
 
 __all__ = ["RunFolder", "full_disk_named", "write_text"]
+
+WEIGHTS = "*.safetensors"
 
 
 class RunFolder:
@@ -155,9 +158,20 @@ class RunFolder:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(self.path / "items.jsonl", text)
 
+    def hashes(self) -> dict[str, str]:
+        """File -> sha256 of what a verdict rests on: readings, items, the artifact's weights."""
+        files = [self.readings, self.path / "items.jsonl"]
+        files += [f for name in ("adapter", "model") for f in (self.path / name).glob(WEIGHTS)]
+        found = {}
+        for file in sorted(file for file in files if file.is_file()):
+            with file.open("rb") as stream:
+                sha = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[file.relative_to(self.path).as_posix()] = sha
+        return found
+
     def write_verdict(self, summary: dict[str, Any], verdict: dict[str, Any]) -> None:
-        """Write `verdict.json`; an empty verdict where no gate ran."""
-        text = json.dumps({"summary": summary, **verdict}, indent=2)
+        """Write `verdict.json`, with the hashes of what it rests on; no verdict if no gate ran."""
+        text = json.dumps({"summary": summary, **verdict, "sha256": self.hashes()}, indent=2)
         write_text(self.path / "verdict.json", text + "\n")
 
     def save_before(self, readings: Sequence[Reading]) -> None:

@@ -58,3 +58,10 @@ def _of_full_disk(error: Exception, path: Path) -> bool:
         return True
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
     return isinstance(error, RuntimeError) and not shutil.disk_usage(folder).free
+
+
+def cache_folder() -> Path:
+    """`$HOLDFAST_CACHE`, else holdfast's in the user's cache folder."""
+    if given := os.environ.get("HOLDFAST_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast"

@@ -29,7 +29,7 @@ from holdfast.meters import Reading
 from holdfast.meters.canary import Canary, Document
 from holdfast.meters.probes import Item, load_items
 from holdfast.meters.probes.items import GENERATED
-from holdfast.recipe import load_recipe
+from holdfast.recipe import Recipe, load_recipe
 
 QUIET = Console(quiet=True)
 TUNED_STEP = 1
@@ -72,12 +72,19 @@ class Texts:
         return Measure(tokenizer, canary, items, run_generated_code=self.run_generated_code)
 
 
-def of_run(tuned: str) -> tuple[Texts, Gate] | None:
-    """What a run was read with and held to; None where `tuned` is no run folder."""
+def recipe_of_run(tuned: str) -> Recipe | None:
+    """The recipe of a finished run; None where `tuned` is no run folder."""
     run = Path(tuned).expanduser()
     if not (run / "recipe.yaml").is_file() or locate(tuned, field="TUNED").run is None:
         return None
-    recipe = load_recipe(run / "recipe.yaml")
+    return load_recipe(run / "recipe.yaml")
+
+
+def of_run(tuned: str) -> tuple[Texts, Gate] | None:
+    """What a run was read with and held to; None where `tuned` is no run folder."""
+    recipe = recipe_of_run(tuned)
+    if recipe is None:
+        return None
     code = recipe.train.run_generated_code
     return Texts(recipe.canary, recipe.probes, code), recipe.gate
 

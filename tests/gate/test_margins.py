@@ -36,7 +36,12 @@ def test_a_bare_number_is_refused_with_values_that_work(bare):
     assert f"{bare}%" in problem["msg"]
 
 
-@pytest.mark.parametrize("wrong", ["-1pt", "2 points", "pt", "", None, True, ["2pt"], "nan%"])
+def test_a_margin_of_the_wrong_sign_is_told_apart():
+    with pytest.raises(ValidationError, match=r"-1pt has the wrong sign.*write 1pt"):
+        Gate(margins={"gsm8k": "-1pt"})
+
+
+@pytest.mark.parametrize("wrong", ["2 points", "pt", "", None, True, ["2pt"], "nan%"])
 def test_what_is_no_margin_is_refused(wrong):
     with pytest.raises(ValidationError, match=r"not a margin.*2pt.*1%"):
         Gate(margins={"gsm8k": wrong})

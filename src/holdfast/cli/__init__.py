@@ -6,7 +6,9 @@
     batches.py     what `holdfast show-batch` shows
     check.py       what `holdfast check-data` finds
     evaluate.py    `holdfast eval`, `holdfast compare`: checkpoints that other tools made
+    gate.py        `holdfast gate`: may a model be released; for CI systems
     rewind.py      `holdfast rewind`: back towards the base
+    options.py     what several of them share
     theory.py      what `holdfast theory` shows
     mixer.py       `holdfast mixer`: freeze and show the mix that a model replays
     probes.py      `holdfast probes`: freeze, check and show probe items

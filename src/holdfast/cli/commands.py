@@ -12,6 +12,7 @@ import typer
 
 from holdfast.cli.cache import app as cache
 from holdfast.cli.evaluate import compare, evaluate
+from holdfast.cli.gate import gate
 from holdfast.cli.mixer import app as mixer
 from holdfast.cli.probes import app as probes
 from holdfast.cli.rewind import rewind
@@ -37,6 +38,7 @@ app.add_typer(probes, name="probes")
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("rewind")(rewind)
+app.command("gate")(gate)
 
 RecipeAndWords = Annotated[
     list[str] | None,

@@ -9,40 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from holdfast.errors import RequestError, did_you_mean
+from holdfast.cli.options import (
+    AsJson,
+    Canaries,
+    Precision,
+    Probes,
+    RunCode,
+    Tokenizer,
+    dtype_of,
+    texts_of,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from holdfast.checkpoint import Dtype
     from holdfast.meters import Reading
-    from holdfast.pair import Texts
 
-DTYPES = ("auto", "float32", "bfloat16")
 ONLY_OF_TWO = ("kl", "canary_rise", "canary_kl", "canary_perplexity")
 """Readings that are shown below the verdict of two checkpoints."""
 
-Canaries = Annotated[
-    list[str] | None,
-    typer.Option("--canary", help="Held-out text of the base's kind; may be given again."),
-]
-Probes = Annotated[
-    list[str] | None, typer.Option("--probes", help="A file of items; may be given again.")
-]
 Out = Annotated[Path | None, typer.Option(help="A new folder for readings and report.html.")]
-Tokenizer = Annotated[
-    str | None, typer.Option(help="Folder or hub id of the tokenizer, where a model has none.")
-]
-Precision = Annotated[
-    str, typer.Option("--dtype", help="Weights in memory: auto, float32 or bfloat16.")
-]
-RunCode = Annotated[
-    bool,
-    typer.Option(
-        "--run-generated-code", help="Run what a model writes for code items, in a sandbox."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 def evaluate(
@@ -56,7 +42,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Read one model: canary loss and probes, each with its error."""
-    texts = _texts(canary, probes, run_generated_code)
+    texts = texts_of(canary, probes, run_generated_code)
     from rich.console import Console
 
     from holdfast.compare import evaluate as read
@@ -66,7 +52,7 @@ def evaluate(
         texts,
         out=out,
         tokenizer=tokenizer,
-        dtype=_dtype(dtype),
+        dtype=dtype_of(dtype),
         console=Console(stderr=as_json),
     )
     if as_json:
@@ -97,7 +83,7 @@ def compare(
     Without --canary the base writes the text. Exit codes: 0 passed, 3 the gate said FAIL, 4 the
     gate said INCONCLUSIVE, 2 the request was wrong.
     """
-    texts = _texts(canary, probes, run_generated_code)
+    texts = texts_of(canary, probes, run_generated_code)
     from rich.console import Console
 
     from holdfast.compare import compare as read
@@ -108,7 +94,7 @@ def compare(
         texts,
         out=out,
         tokenizer=tokenizer,
-        dtype=_dtype(dtype),
+        dtype=dtype_of(dtype),
         ranks=ranks,
         seed=seed,
         console=Console(stderr=as_json),
@@ -134,21 +120,6 @@ def compare(
             console.print(f"{name.replace('_', ' ')}: {text}", highlight=False, soft_wrap=True)
         _tell_report(console, out)
     raise typer.Exit(found.verdict.exit_code)
-
-
-def _texts(canary: list[str] | None, probes: list[str] | None, run_code: bool) -> Texts:
-    from holdfast.meters.canary import Canary
-    from holdfast.pair import Texts
-
-    sources = {"sources": canary or []}
-    return Texts(Canary.model_validate(sources), probes or [], run_code)
-
-
-def _dtype(word: str) -> Dtype:
-    if word not in DTYPES:
-        raise RequestError(f"--dtype: '{word}' is none; {did_you_mean(word, DTYPES)}")
-    found: Any = word
-    return found  # type: ignore[no-any-return]
 
 
 def _table(readings: Sequence[Reading]) -> Table:

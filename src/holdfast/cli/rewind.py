@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from holdfast.cli.evaluate import (
+from holdfast.cli.options import (
     AsJson,
     Canaries,
+    Margins,
     Precision,
     Probes,
     RunCode,
     Tokenizer,
-    _dtype,
-    _texts,
+    dtype_of,
+    margins_of,
+    texts_of,
+    validated,
 )
 from holdfast.errors import RequestError, did_you_mean
 
@@ -36,10 +39,7 @@ def rewind(
     rule: Annotated[
         str, typer.Option(help="estimate: the fall is within margin; shown: surely so.")
     ] = "estimate",
-    margin: Annotated[
-        list[str] | None,
-        typer.Option(help="Accepted fall, such as gsm8k=3pt or canary=1%; may be given again."),
-    ] = None,
+    margin: Margins = None,
     canary: Canaries = None,
     probes: Probes = None,
     out: Annotated[
@@ -57,7 +57,7 @@ def rewind(
     probes and margins are the run's, where none are given. Exit codes: 0 passed, 3 the gate said
     FAIL or only the base is left, 4 the gate said INCONCLUSIVE, 2 the request was wrong.
     """
-    texts = _texts(canary, probes, run_generated_code) if canary or probes else None
+    texts = texts_of(canary, probes, run_generated_code) if canary or probes else None
     from rich.console import Console
 
     from holdfast import rewind as rewinding
@@ -72,7 +72,7 @@ def rewind(
         gate=_gate(margin),
         out=out,
         tokenizer=tokenizer,
-        dtype=_dtype(dtype),
+        dtype=dtype_of(dtype),
         seed=seed,
         console=Console(stderr=as_json),
     )
@@ -85,20 +85,9 @@ def rewind(
 
 def _gate(margins: list[str] | None) -> Gate | None:
     """Margins of the command line; None where none were given."""
-    if not margins:
-        return None
-    from pydantic import ValidationError
-
-    from holdfast.explain import explain
     from holdfast.gate.verdict import Gate
 
-    if faulty := [word for word in margins if not all(word.partition("="))]:
-        raise RequestError(f"--margin: '{faulty[0]}' is not NAME=AMOUNT; give one such as mmlu=2pt")
-    pairs = (word.partition("=") for word in margins)
-    try:
-        return Gate(margins={name: amount for name, _, amount in pairs})
-    except ValidationError as error:
-        raise RequestError(*explain(error, Gate, where="--margin")) from error
+    return validated(Gate, {"margins": margins_of(margins)}, "--margin") if margins else None
 
 
 def _one_of(option: str, word: str, allowed: tuple[str, ...]) -> Any:

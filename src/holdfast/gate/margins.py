@@ -35,6 +35,11 @@ class Margin:
                     f"{bare} has no unit; write {bare}pt (percentage points of accuracy) "
                     f"or {bare}% (relative rise of a loss)"
                 )
+            if bare.startswith("-") and (positive := bare.lstrip("- ")):
+                raise ValueError(
+                    f"{bare} has the wrong sign: a margin is how much may be lost, as a positive "
+                    f"number; write {positive}"
+                )
             raise ValueError(
                 f"{text!r} is not a margin; allowed: a positive number with a unit, "
                 "e.g. 2pt (percentage points of accuracy) or 1% (relative rise of a loss)"

@@ -125,12 +125,16 @@ def decide(before: Sequence[Reading], after: Sequence[Reading], gate: Gate) -> G
     return GateResult(verdict, _sentence(verdict, rows), gate.alpha, tuple(rows))
 
 
+def is_judged(meter: str, tags: Iterable[str]) -> bool:
+    """Whether readings of a meter, with such tags, are part of a verdict."""
+    return meter in _JUDGED_METERS or not _JUDGED_TAGS.isdisjoint(tags)
+
+
 def _by_key(readings: Iterable[Reading]) -> dict[tuple[str, str], list[Reading]]:
     """The judged readings of the sealed split by (meter, name)."""
     found: dict[tuple[str, str], list[Reading]] = {}
     for reading in readings:
-        judged = reading.meter in _JUDGED_METERS or not _JUDGED_TAGS.isdisjoint(reading.tags)
-        if reading.split == "sealed" and judged:
+        if reading.split == "sealed" and is_judged(reading.meter, reading.tags):
             found.setdefault((reading.meter, reading.name), []).append(reading)
     return found
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast import model as models
 from holdfast.data.fingerprint import of_tokenizer
-from holdfast.files import write_text
+from holdfast.files import cache_folder, write_text
 from holdfast.meters.probes.items import Item
 
 if TYPE_CHECKING:
@@ -41,9 +40,7 @@ class Outcome:
 
 def default_folder() -> Path:
     """`$HOLDFAST_CACHE/probes`, else that of the user's cache folder."""
-    given = os.environ.get("HOLDFAST_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return (Path(given) if given else Path(home) / "holdfast") / "probes"
+    return cache_folder() / "probes"
 
 
 class Results:
