@@ -43,7 +43,7 @@ from holdfast.measure import (
 from holdfast.meters import Reading
 from holdfast.meters.canary import Canary
 from holdfast.meters.drift import Start
-from holdfast.meters.probes import load_items, require_both_halves
+from holdfast.meters.probes import allow_code, load_items, require_both_halves
 from holdfast.meters.ranks import read_ranks
 from holdfast.meters.recovery import recovery_examples
 from holdfast.meters.routing import Routing
@@ -111,6 +111,7 @@ class Guard(TrainerCallback):
         except ValidationError as error:
             raise RequestError(*explain(error, Settings, where="Guard")) from error
         self.items = load_items(self.settings.probes)
+        allow_code(self.items, self.settings.run_generated_code)
         if self.settings.measure_probes:
             require_both_halves(self.items)
         for source in self.settings.canary.sources:

@@ -27,7 +27,7 @@ from holdfast.lineage import locate
 from holdfast.measure import Measure, sampled_documents, shared_documents, text_documents
 from holdfast.meters import Reading
 from holdfast.meters.canary import Canary, Document
-from holdfast.meters.probes import Item, load_items
+from holdfast.meters.probes import Item, allow_code, load_items
 from holdfast.meters.probes.items import GENERATED
 from holdfast.recipe import Recipe, load_recipe
 
@@ -61,6 +61,7 @@ class Texts:
                 problems += error.problems
         try:
             found = load_items(self.probes)
+            allow_code(found, self.run_generated_code)
         except RequestError as error:
             problems += error.problems
         if problems:

@@ -26,7 +26,7 @@ from holdfast.lineage import locate
 from holdfast.measure import Measure, lesson_documents
 from holdfast.meters import Reading
 from holdfast.meters.motion import Walk
-from holdfast.meters.probes import load_items, require_both_halves
+from holdfast.meters.probes import allow_code, load_items, require_both_halves
 from holdfast.meters.ranks import read_ranks
 from holdfast.meters.recovery import recovery_examples
 from holdfast.plan import settled, skeleton
@@ -63,6 +63,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
     recipe = settled(recipe.with_mixer())
     started = time.perf_counter()
     items = load_items(recipe.probes)
+    allow_code(items, recipe.train.run_generated_code)
     if recipe.train.measure_probes:
         require_both_halves(items)
     _refuse_early(recipe)

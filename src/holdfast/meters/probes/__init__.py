@@ -17,13 +17,14 @@ from holdfast.meters.probes.items import (
     require_both_halves,
     write_items,
 )
-from holdfast.meters.probes.read import read_probes
+from holdfast.meters.probes.read import allow_code, read_probes
 from holdfast.meters.probes.results import Results
 
 __all__ = [
     "TAGS",
     "Item",
     "Results",
+    "allow_code",
     "load_items",
     "read_probes",
     "require_both_halves",

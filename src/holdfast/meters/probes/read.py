@@ -53,7 +53,7 @@ def read_probes(
     for item in items:
         if "recovery" not in item.tags and split in (None, item.split):
             groups[item.probe].append(item)
-    _allow_code(items, run_generated_code)
+    allow_code(items, run_generated_code)
     chosen = [item for _, group in sorted(groups.items()) for item in group]
     encoded = iter(encode_items(tokenizer, chosen, causal_lm(model).config))
     readings = []
@@ -71,8 +71,8 @@ def read_probes(
     return readings
 
 
-def _allow_code(items: Sequence[Item], asked_for: bool) -> None:
-    """Raises RequestError where there is code to run that nobody asked for, or no sandbox."""
+def allow_code(items: Sequence[Item], asked_for: bool) -> None:
+    """Raises RequestError where there is code to run that nobody asked for, or no sandbox for it."""
     code = next((item for item in items if item.kind == "code"), None)
     if code is None:
         return
@@ -81,9 +81,9 @@ def _allow_code(items: Sequence[Item], asked_for: bool) -> None:
             f"{code.where}: a code item runs what the model writes, which is not done unless asked "
             "for by name; give run_generated_code, or leave these items out"
         )
-    from holdfast.meters.sandbox import run_all
+    from holdfast.meters.sandbox import run_code
 
-    run_all([], allowed=True)
+    run_code("", allowed=True)  # that bwrap is there does not say that it may make a sandbox
 
 
 def _read(model: Any, tokenizer: Any, items: list[Item], tokens: list[Encoded]) -> Outcome:
