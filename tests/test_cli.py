@@ -24,7 +24,8 @@ Cli = Callable[..., Any]
 SURFACE = {
     "": ["--help", "--version"],
     "train": [
-        "--data", "--dry-run", "--help", "--json", "--model", "--out", "--resume", "settings"
+        "--data", "--dry-run", "--forget", "--help", "--json", "--model", "--out", "--resume",
+        "settings",
     ],
     "init": ["--force", "--help", "path"],
     "validate": ["--help", "--json", "settings"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,33 @@ def test_any_recipe_survives_yaml(chosen: dict[str, Any]) -> None:
     loaded = recipe("levers.replay.loss=ntp", *words)  # kl would need an anchor
     text = yaml.safe_dump(loaded.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     assert Recipe.model_validate(yaml.safe_load(text)) == loaded
+
+
+def test_a_forgetting_budget_is_a_lever_and_sets_the_gates_margins() -> None:
+    words = ["budget.forgetting={canary: 1%, gsm8k: 2pt}", "gate.margins.gsm8k=3pt"]
+    recipe = load_recipe(None, words, model="base", data="lesson.jsonl")
+    assert recipe.levers.forgetting.budget == {"canary": "1%", "gsm8k": "2pt"}
+    assert recipe.gate.margins == {"canary": "1%", "gsm8k": "3pt"}
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
+@pytest.mark.parametrize("levers", [{}, {"levers": "none"}, {"levers": {"forgetting": "none"}}])
+def test_a_budget_in_short_is_the_same_budget(levers: dict[str, Any]) -> None:
+    given = {"model": "base", "data": "lesson.jsonl", "budget": {"forgetting": "1%"}, **levers}
+    copied = deepcopy(given)
+    assert Recipe.model_validate(given).levers.forgetting.budget == {"canary": "1%"}
+    assert given == copied, "what was handed in stays as it was"
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({"forgetting": "0%"}, "levers.forgetting.budget.canary: .* passes only models that impr"),
+        ({"forgetting": 3}, "levers.forgetting.budget: 3 .* 3pt"),
+        ({"learning_rate": 1}, "budget: .* for the step's budget give levers.budget"),
+        ("1%", "budget: unknown key"),
+    ],
+)
+def test_a_budget_that_is_none_says_how_to_give_one(budget: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        load_recipe(None, model="base", data="lesson.jsonl", budget=budget)

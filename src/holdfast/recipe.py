@@ -7,11 +7,13 @@ value that works. Nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 from pydantic import (
+    ConfigDict,
     Field,
     ValidationError,
     create_model,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from holdfast.levers.balance import Balance
     from holdfast.levers.budget import Budget
     from holdfast.levers.context_frozen import ContextFrozen
+    from holdfast.levers.forgetting import Forgetting
     from holdfast.levers.kl_anchor import KlAnchor
     from holdfast.levers.replay import Replay
 
@@ -92,6 +95,7 @@ class _LeversBase(Section):
         kl_anchor: KlAnchor = KlAnchor()
         replay: Replay = Replay()
         budget: Budget = Budget()
+        forgetting: Forgetting = Forgetting()
 
     @model_validator(mode="before")
     @classmethod
@@ -137,8 +141,20 @@ else:
     )
 
 
+def _with_budget(schema: dict[str, Any]) -> None:
+    """Tell editors of the `budget` that may be given in short."""
+    schema["properties"]["budget"] = {
+        "type": "object",
+        "properties": {"forgetting": {"type": ["object", "string"]}},
+        "additionalProperties": False,
+        "description": "Short for levers.forgetting.budget, such as {forgetting: 1%}.",
+    }
+
+
 class Recipe(Section):
     """A whole run. `model` and `data` are all that must be given."""
+
+    model_config = ConfigDict(json_schema_extra=_with_budget)
 
     model: Model
     """The base: a folder or hub id, or a section."""
@@ -175,6 +191,29 @@ class Recipe(Section):
     @classmethod
     def _probe_paths(cls, value: Any) -> Any:
         return _listed(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget_in_short(cls, value: Any) -> Any:
+        """`budget: {forgetting: 1%}` as `levers: {forgetting: {budget: 1%}}`."""
+        if not isinstance(value, Mapping) or not isinstance(value.get("budget"), Mapping):
+            return value
+        rest = {key: deepcopy(entry) for key, entry in value.items() if key != "budget"}
+        if value["budget"].keys() != {"forgetting"}:
+            raise ValueError(
+                f"budget: {shown(dict(value['budget']))}; it holds forgetting and nothing else, "
+                "such as {forgetting: 1%}; for the step's budget give levers.budget"
+            )
+        _assign(rest, ["levers", "forgetting", "budget"], value["budget"]["forgetting"], "budget")
+        return rest
+
+    @model_validator(mode="after")
+    def _margins_of_budget(self) -> Self:
+        """What may be forgotten is what the gate accepts, unless its margins say otherwise."""
+        margins = {**self.levers.forgetting.budget, **self.gate.margins}
+        if margins != self.gate.margins:
+            object.__setattr__(self, "gate", self.gate.model_copy(update={"margins": margins}))
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

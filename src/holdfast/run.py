@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,16 @@ from holdfast.data.mixer import FILE as MIXER
 from holdfast.errors import RequestError
 from holdfast.gate.verdict import GateResult, decide
 from holdfast.levers import wrapped
+from holdfast.levers.forgetting import CHECKS, DOCUMENTS, unwatched
 from holdfast.lineage import locate
 from holdfast.measure import Measure, lesson_documents
 from holdfast.meters import Reading
+from holdfast.meters.canary import in_turn
 from holdfast.meters.motion import Walk
 from holdfast.meters.probes import allow_code, load_items, require_both_halves
 from holdfast.meters.ranks import read_ranks
 from holdfast.meters.recovery import recovery_examples
+from holdfast.overshoot import settle
 from holdfast.plan import settled, skeleton
 from holdfast.prepare import Prepared, canary_documents, identity, load, prepare, warn
 from holdfast.recipe import Recipe
@@ -97,13 +100,18 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
                 before = measure.whole(base, 0, cached=True)
             folder.merge(before)
             folder.save_before(before)
+        if names := unwatched(before, recipe.levers.forgetting.budget):
+            line = f"levers.forgetting.budget: {', '.join(names)}: not read while training, so left"
+            line += " to the gate; train.measure_probes: true reads the probes' selection half"
+            warn([line], prepared.setup, console)
         routed = measure.routed(base)
-        trainer = _trainer(prepared, folder, measure, console)
+        trainer = _trainer(prepared, folder, measure, before, console)
     _keep_mixer(recipe, folder.path)
     checkpoint = _resume_point(folder)
     with full_disk_named(folder.checkpoints):
         trainer.train(resume_from_checkpoint=checkpoint)
     step = trainer.state.global_step
+    budgeted = _settled(trainer, measure, before, recipe)
     _save_artifact(prepared, folder)
     with console.status("reading the tuned model"):
         after = measure.whole(trainer.model, step, _live(prepared))
@@ -120,6 +128,7 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
         "refused_steps": trainer.refused,
         "relative_displacement": displacement.relative,
         "stopped": trainer.stopped,
+        **budgeted,
         "seconds": round(time.perf_counter() - started, 1),
     }
     worst = worst_changed(before, after, items)
@@ -146,7 +155,11 @@ def _wrap(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _trainer(
-    prepared: Prepared, folder: RunFolder, measure: Measure, console: Console
+    prepared: Prepared,
+    folder: RunFolder,
+    measure: Measure,
+    before: Sequence[Reading],
+    console: Console,
 ) -> HoldfastTrainer:
     """The levers' wrap and prepare, then the transformers Trainer around them."""
     import torch
@@ -170,7 +183,14 @@ def _trainer(
     for lever in levers:
         arguments |= lever.arguments(setup.model.config)
     budget, on_gpu = recipe.levers.budget, torch.cuda.is_available()
-    lesson = bool(budget.patience)
+    budgeted = bool(recipe.levers.forgetting.budget)
+    lesson = budgeted or bool(budget.patience)
+    every = recipe.train.measure_every or max(1, steps // (CHECKS if budgeted else 5))
+
+    def glance(step: int) -> list[Reading]:
+        part = in_turn(measure.canary, step // every, DOCUMENTS) if budgeted else measure.canary
+        return replace(measure, canary=part).glance(setup.model, step, lesson=lesson)
+
     args = TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=steps,
@@ -201,13 +221,32 @@ def _trainer(
         start=Start(setup.model),
         reference=setup.reference,
         divergence=recipe.levers.kl_anchor.divergence,
-        meters=[lambda step: measure.glance(setup.model, step, lesson=lesson)],
-        every=recipe.train.measure_every or max(1, steps // 5),
+        meters=[glance],
+        every=every,
         record=folder.append,
+        before=before,
         callbacks=[RichProgress(console)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _settled(
+    trainer: HoldfastTrainer, measure: Measure, before: Sequence[Reading], recipe: Recipe
+) -> dict[str, Any]:
+    """Draw back what is over the budget, and tell what was done to keep it; empty without one."""
+    lever = recipe.levers.forgetting
+    if not lever.budget:
+        return {}
+    found = settle(
+        trainer.start,
+        lambda: measure.glance(trainer.model, trainer.state.global_step),
+        before,
+        lever.budget,
+        recipe.gate.alpha,
+    )
+    memory = trainer.lever_memory[lever.key]
+    return {"budget": {"end": str(found), "moves": memory.get("moves", [])}}
 
 
 def _walk(trainer: HoldfastTrainer, folder: RunFolder) -> Walk:

@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from holdfast.levers import (
     StepState,
     Term,
     TokenLosses,
+    combined,
     shared_sum,
 )
 from holdfast.meters import Reading
@@ -159,7 +161,10 @@ def _needed(
 def loss_terms(
     out: TokenLosses, state: StepState, levers: Sequence[Lever], memory: Mapping[str, Memory]
 ) -> dict[str, Term]:
-    """The lesson's own term (mean NLL of its response tokens, weighed) and those of every lever."""
+    """The lesson's own term (mean NLL of its response tokens, weighed) and those of every lever.
+
+    The levers' are multiplied by what `strengths` says.
+    """
     terms: dict[str, Term] = {}
     if state.totals[Role.TASK]:
         weighed = out.nll
@@ -168,8 +173,10 @@ def loss_terms(
             weighed = weighed if weight_N is None else weighed * weight_N
         sum_nll = shared_sum(weighed, out.nll_roles == Role.TASK)
         terms["task"] = Term(sum_nll, state.totals[Role.TASK], 1.0)
+    factor = combined(levers, memory).weight
     for lever in levers:
-        terms |= lever.terms(out, state, memory[lever.key])
+        found = lever.terms(out, state, memory[lever.key])
+        terms |= {name: replace(term, weight=term.weight * factor) for name, term in found.items()}
     return terms
 
 
@@ -195,6 +202,7 @@ class HoldfastTrainer(Trainer):
         divergence: how far from the base is measured; forward KL unless given.
         meters: called every `every` steps.
         record: keeps readings.
+        before: the base's readings, for levers that look at what has changed.
     """
 
     def __init__(
@@ -210,6 +218,7 @@ class HoldfastTrainer(Trainer):
         meters: Sequence[Meter] = (),
         every: int = 0,
         record: Record = lambda _readings: None,
+        before: Sequence[Reading] = (),
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.levers = tuple(levers)
@@ -217,6 +226,7 @@ class HoldfastTrainer(Trainer):
         self.reference, self.divergence = reference, divergence
         self.start = start
         self.meters, self.every, self.record = tuple(meters), every, record
+        self.before, self.mixture = tuple(before), mixture
         self.kl_roles = frozenset[Role]().union(*(lever.kl_roles() for lever in self.levers))
         self.refused: list[dict[str, Any]] = []  # step and reason of each
         self.stopped: str | None = None
@@ -304,7 +314,12 @@ class HoldfastTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             _write_json(
-                folder / MEMORY_FILE, {"memory": self.lever_memory, "refused": self.refused}
+                folder / MEMORY_FILE,
+                {
+                    "memory": self.lever_memory,
+                    "refused": self.refused,
+                    "schedule": self.mixture.schedule,
+                },
             )
             _write_json(folder / COMPLETE_FILE, {"step": self.state.global_step})
 
@@ -314,12 +329,28 @@ class HoldfastTrainer(Trainer):
             saved = json.loads((Path(checkpoint) / MEMORY_FILE).read_text(encoding="utf-8"))
             self.lever_memory = {lever.key: {} for lever in self.levers} | saved["memory"]
             self.refused = saved["refused"]
+            self.mixture.schedule = [(step, share) for step, share in saved["schedule"]]
 
     def step_context(self) -> StepContext:
         """The step as the levers see it."""
         return StepContext(
             self.model, self.state.global_step, self._grad_norm, self.start, self._rate
         )
+
+    def set_rate(self) -> float:
+        """Multiply the step's learning rate; the scheduler sets the next one anew. Returns it."""
+        factor = combined(self.levers, self.lever_memory).rate
+        if factor != 1:
+            rates = self.lr_scheduler.get_last_lr()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        return factor * float(self._get_learning_rate())
+
+    def share_tokens(self) -> None:
+        """Give the lesson its share from the step after next: the next one's rows are under way."""
+        share = combined(self.levers, self.lever_memory).share
+        if share != self.mixture.lesson_share:
+            self.mixture.reshare(self.state.global_step + 1, share)
 
     def take_terms(self) -> dict[str, float]:
         """Mean of each term over its devices for the step just done, and forget them."""
@@ -339,7 +370,7 @@ class _LeverCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        trainer._rate = trainer._get_learning_rate()  # when the step is over it is the next one's
+        trainer._rate = trainer.set_rate()  # when the step is over it is the next one's
         ctx = trainer.step_context()
         for lever in trainer.levers:
             lever.before_step(ctx, trainer.lever_memory[lever.key])
@@ -370,9 +401,14 @@ class _LeverCallback(TrainerCallback):
             ]
         if trainer.every and step % trainer.every == 0 and not last:
             readings += [reading for meter in trainer.meters for reading in meter(step)]
-            probe = ProbeContext(step)
+            left, held = 1 - step / state.max_steps, any(name != "task" for name in terms)
+            probe = ProbeContext(step, before=trainer.before, left=left, held=held)
             for lever in trainer.levers:
                 lever.after_probe(readings, probe, trainer.lever_memory[lever.key])
+            trainer.share_tokens()
+            readings += [
+                Reading(m, n, "train", step, value, None, 1) for m, n, value in probe.noted
+            ]
             if probe.stop:
                 trainer.stopped = probe.stop
                 control.should_training_stop = True

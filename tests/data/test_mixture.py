@@ -274,3 +274,51 @@ def test_steps_for_epochs_is_the_fewest_that_serves_every_row(
     assert mixed.token_budget(steps)["s0"]["rows"] >= epochs * len(lengths)
     asked = share * batch_tokens * (steps - 1)
     assert steps == 1 or asked < epochs * sum(lengths)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.floats(0.3, 1.5)), max_size=3),
+    st.integers(0, 2**31),
+)
+def test_a_lesson_given_another_share_gets_it_and_the_rest_fills_the_step(
+    changes: list[tuple[int, float]], seed: int
+) -> None:
+    """Shares are those of tokens, summed step by step; what came before a change stays."""
+    lengths, shares = [[3, 5, 4], [2, 6], [4, 1, 7]], [0.5, 0.2, 0.3]
+    plain = mixture(lengths, shares, seed=seed)
+    mixed = mixture(lengths, shares, seed=seed)
+    at = 0
+    for later, factor in changes:
+        before = [mixed.rows_at(step) for step in range(at + later)]
+        at += later
+        mixed.reshare(at, factor)
+        assert mixed.lesson_share == factor
+        assert [mixed.rows_at(step) for step in range(at)] == before
+    for steps in (1, at + 1, at + 20):
+        factors = [
+            next((f for start, f in reversed(mixed.schedule) if start <= step), 1.0)
+            for step in range(steps)
+        ]
+        asked = {
+            "s0": 64 * sum(0.5 * f for f in factors),
+            "s1": 64 * sum(0.2 * (1 - 0.5 * f) / 0.5 for f in factors),
+            "s2": 64 * sum(0.3 * (1 - 0.5 * f) / 0.5 for f in factors),
+        }
+        for name, budget in mixed.token_budget(steps).items():
+            assert abs(budget["tokens"] - asked[name]) <= 8
+    if not changes:
+        assert mixed.rows_at(7) == plain.rows_at(7)
+
+
+def test_without_another_stream_the_lesson_keeps_its_share() -> None:
+    mixed = mixture([[3, 5, 4]], [1.0])
+    before = [mixed.rows_at(step) for step in range(9)]
+    mixed.reshare(2, 0.5)
+    assert [mixed.rows_at(step) for step in range(9)] == before
+
+
+def test_what_is_past_is_not_shared_anew() -> None:
+    mixed = mixture([[3, 5, 4], [2, 6]], [0.5, 0.5])
+    mixed.reshare(4, 0.5)
+    with pytest.raises(ValueError, match="step 4 is not after 4"):
+        mixed.reshare(4, 0.7)

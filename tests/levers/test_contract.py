@@ -30,6 +30,7 @@ ON: dict[str, dict[str, Any]] = {
     "budget": {"clip": 0.3, "cap": 1e-2, "cap_per_layer": 2e-2, "weight_decay": 0.1},
     "context_frozen": {"enabled": True},
     "ewc": {"weight": 0.5, "rows": 6, "max_new_tokens": 12},
+    "forgetting": {"budget": {"canary": "0.01%"}},
     "freeze": {"first_blocks": 1, "presets": ["norms"]},
     "kl_anchor": {"weight": 2.0, "self_generated": {"rows": 8, "max_new_tokens": 12}},
     "l2_sp": {"weight": 0.5},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from holdfast.levers import levers as known
 from holdfast.levers.adapter import Adapter
 from holdfast.levers.budget import Budget
 from holdfast.levers.kl_anchor import KlAnchor
+from holdfast.measure import sampled_documents
 from holdfast.meters import Reading
+from holdfast.meters.canary import read_canary
 from holdfast.meters.drift import Start
 from holdfast.trainer import HoldfastTrainer
 
@@ -163,6 +166,8 @@ def tiny_run(
         "disable_tqdm": True,
         **PLAIN,
     }
+    if any(lever.key == "forgetting" for lever in levers) and "meters" not in options:
+        options |= watched(setup)
     set_seed(seed)
     setup.model = wrapped(levers, setup.model)
     for lever in levers:
@@ -178,6 +183,20 @@ def tiny_run(
         reference=setup.reference,
         **options,
     )
+
+
+def watched(setup: Setup) -> dict[str, Any]:
+    """Options of a run that reads, after each step, how likely what the base wrote still is."""
+    keep = setup.folder / "canary.json"
+    kept = sampled_documents(
+        setup.model, setup.tokenizer, rows=16, max_length=24, seed=setup.seed, keep=keep
+    )
+
+    def read(step: int) -> list[Reading]:
+        found = read_canary(setup.model, kept, "selection", step)
+        return [replace(one, seconds=0.0) for one in found]
+
+    return {"every": 1, "before": read(0), "meters": [read]}
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

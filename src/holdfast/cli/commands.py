@@ -72,6 +72,12 @@ def train(
     model: Annotated[str | None, typer.Option(help="The base: a folder or hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="The lesson: a file, folder or hub id.")] = None,
     out: Annotated[str | None, typer.Option(help="The run folder.")] = None,
+    forget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1%", help="How much may be forgotten: rise of the canary's loss, or 2pt."
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in the run folder.")
     ] = False,
@@ -87,7 +93,8 @@ def train(
     """
     if resume and out is not None and not (model or data or _names_recipe(settings)):
         settings = [_recipe_of_run(out), *(settings or ())]
-    recipe = _load(settings, model=model, data=data, out=out)
+    budget = None if forget is None else {"forgetting": forget}
+    recipe = _load(settings, model=model, data=data, out=out, budget=budget)
     if dry_run:
         _show_plan(recipe, as_json)
         return
@@ -279,7 +286,7 @@ def lab_files(
     print(_json(written) if as_json else "\n".join(written.values()))
 
 
-def _load(settings: list[str] | None, **options: str | None) -> Recipe:
+def _load(settings: list[str] | None, **options: Any) -> Recipe:
     """The recipe that a command line asks for: the first word, if it is a file, then the rest."""
     from holdfast.recipe import load_recipe
 

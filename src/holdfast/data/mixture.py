@@ -8,6 +8,9 @@ After s steps a stream has been asked for
 and step s takes exactly the rows whose first token lies in [T(s), T(s+1)) on the line. So a share
 is a share of *tokens*, kept to within one row however long the run is, and no stream's order
 depends on another stream, on the number of devices, or on what was asked before.
+
+A run may give the lesson more or less of the tokens from some step on (`reshare`). The schedule of
+these factors is the one thing to save; s is then replaced by the sum of the factors before s.
 """
 
 from __future__ import annotations
@@ -83,11 +86,27 @@ class Mixture:
         self.width = width
         self.pad_token_id = pad_token_id
         self.packed = packed
+        self.schedule: list[tuple[int, float]] = []
+        """From which step on the lesson's share is multiplied by what, in order."""
         self._lines = [Line(stream, seed) for stream in streams]
         self._dealt: tuple[int, list[list[list[Document]]]] = (-1, [])
 
     def __len__(self) -> int:
         return self.steps * self.micro_batches
+
+    @property
+    def lesson_share(self) -> float:
+        """What the lesson's share is multiplied by at the end of the schedule."""
+        return self.schedule[-1][1] if self.schedule else 1.0
+
+    def reshare(self, step: int, factor: float) -> None:
+        """From this step on, multiply the lesson's share; the other streams take up the rest.
+
+        Steps before it stay as they are. Nothing changes where there is no other stream.
+        """
+        if self.schedule and step <= self.schedule[-1][0]:
+            raise ValueError(f"step {step} is not after {self.schedule[-1][0]}, which is set")
+        self.schedule.append((step, factor))
 
     def __getitem__(self, index: int) -> MicroBatch:
         """Micro-batch ``index`` of the run, in training order."""
@@ -128,7 +147,19 @@ class Mixture:
 
     def _asked(self, line: Line, step: int) -> int:
         """T(s): tokens the stream has been asked for before step s."""
-        return round(line.stream.share * self.batch_tokens * step)
+        return round(line.stream.share * self.batch_tokens * self._weighted(line.stream, step))
+
+    def _weighted(self, stream: Stream, step: int) -> float:
+        """The sum of the factors of this stream's share over the steps before `step`."""
+        lesson = sum(one.share for one in self.streams if one.role is Role.TASK)
+        rest = sum(one.share for one in self.streams if one.role is not Role.TASK)
+        total, since, now = 0.0, 0, 1.0
+        for start, factor in self.schedule if rest else ():
+            if start >= step:
+                break
+            total, since = total + now * (start - since), start
+            now = factor if stream.role is Role.TASK else 1 + lesson * (1 - factor) / rest
+        return total + now * (step - since)
 
     def _served(self, line: Line, step: int) -> int:
         """Tokens of the rows served before step s: T(s), and the rest of the row it lies in."""

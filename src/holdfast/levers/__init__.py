@@ -17,6 +17,8 @@ A lever is a frozen recipe section that overrides the hooks it needs, in path or
     before_step  gradients ready     may refuse the step
     after_step   weights moved       may move them back (a cap)
     after_probe  meters read         may change its own strength, or stop
+    strengths    every step          what the levers' terms, the lesson's share of the tokens and
+                                     the step size are multiplied by
 
 Its settings never change. What a lever must remember between steps lives in the `memory` dict it
 is handed (plain JSON values), which is saved with each checkpoint, so resuming is exact.
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from holdfast.data.example import Example, Role
+from holdfast.dual import Strengths
 from holdfast.errors import RequestError
 from holdfast.section import Section
 
@@ -138,6 +141,18 @@ class ProbeContext:
     step: int
     stop: str | None = None
     """Set to a reason to end training after this step."""
+    before: Sequence[Reading] = ()
+    """The base's readings, with their items."""
+    left: float = 0.0
+    """Share of the steps still to come."""
+    held: bool = False
+    """Whether this step's loss had a term beside the lesson's."""
+    noted: list[tuple[str, str, float]] = field(default_factory=list)
+    """Values that a lever wants kept as readings of training: meter, name, value."""
+
+    def note(self, meter: str, name: str, value: float) -> None:
+        """Keep a value as a reading of training."""
+        self.noted.append((meter, name, value))
 
 
 class Lever(Section):
@@ -219,6 +234,10 @@ class Lever(Section):
     def after_probe(self, readings: Sequence[Reading], ctx: ProbeContext, memory: Memory) -> None:
         """Look at the meters; may change own strength through `memory`, or stop."""
 
+    def strengths(self, memory: Memory) -> Strengths:
+        """What others are multiplied by, from this step on; it changes in `after_probe` only."""
+        return Strengths()
+
 
 @cache
 def levers() -> dict[str, type[Lever]]:
@@ -250,6 +269,14 @@ def wrapped(levers: Sequence[Lever], model: PreTrainedModel) -> PreTrainedModel:
             "levers.freeze: nothing is left to train; freeze less, or widen levers.adapter.target"
         )
     return model
+
+
+def combined(levers: Sequence[Lever], memory: Mapping[str, Memory]) -> Strengths:
+    """The product of what every lever multiplies others by."""
+    product = Strengths()
+    for lever in levers:
+        product = product * lever.strengths(memory[lever.key])
+    return product
 
 
 def shared_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

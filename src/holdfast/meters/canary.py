@@ -64,6 +64,19 @@ def document(ids: list[int], mask: list[bool], domain: str, cluster: str = "") -
     return Document(name, domain, Scored(ids, mask), cluster or name)
 
 
+def in_turn(documents: Sequence[Document], number: int, most: int) -> list[Document]:
+    """At most `most` of each domain's selection half: the `number`-th part, round and round."""
+    by_domain: dict[str, list[Document]] = defaultdict(list)
+    for one in documents:
+        if one.split == "selection":
+            by_domain[one.domain].append(one)
+    return [
+        mine[(number * most + i) % len(mine)]
+        for mine in by_domain.values()
+        for i in range(min(most, len(mine)))
+    ]
+
+
 def read_canary(
     model: Any, documents: Sequence[Document], split: Split, step: int, *, meter: str = "canary"
 ) -> list[Reading]:

@@ -1,0 +1,115 @@
+"""The forgetting budget's arithmetic: measured rises in, strengths out. Plain floats, no state.
+
+Rises and their errors are in budgets: 1 is all that may be forgotten. At each check
+
+    u = max_i (r_i + Z s_i)                  upper estimate of the worst rise
+    g = min(u - 1, STEEPEST)                 where u > 1: it may be over
+        u - SLACK                            where u < SLACK: even so it is well within
+        0                                    in between: nothing moves
+    x <- min(max(x + GAIN g, LOW), HIGH)
+
+x is the log of the multiplier, so this is the exponential method of multipliers,
+lambda <- lambda exp(c g): the augmented Lagrangian whose multiplier cannot become negative and
+whose steps ask for no scale. One multiplier serves all constraints, since one anchor does: that of
+their maximum. What x stands for, in this order (`strengths`): the weight of what holds the base,
+from 1/16 to 16 times the recipe's; then the lesson's share of the tokens, down to half; then the
+step size, down to an eighth. Where nothing holds the base (`held`), it is the step size alone.
+
+r_i is taken as a random walk seen through noise, so that checks which each read a part of the texts
+add up (`heard`): at each one its variance grows by (DRIFT max(1, |reading|))^2, then the
+inverse-variance mean with what was read is taken.
+
+Source: Bertsekas 1982, Constrained Optimization and Lagrange Multiplier Methods, section 5.1.2
+(exponential penalty); Kalman 1960 (local level).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Z = 1.0
+"""Standard errors that an upper estimate lies above the estimate."""
+SLACK = 0.5
+"""Below this many budgets, by the upper estimate, the anchor is relaxed."""
+STEEPEST = 1.0
+"""Largest excess that counts at once: a rise of ten budgets moves x as one of two does."""
+GAIN = 0.7
+"""To second order a rise falls as 1 / weight^2, so that 1/2 would cancel a small excess at once."""
+DRIFT = 0.5
+"""How far a rise wanders from one check to the next: in budgets, or in parts of itself."""
+WEIGHT_MOST, SHARE_LEAST, RATE_LEAST = 16.0, 0.5, 0.125
+_WEIGHT, _SHARE, _RATE = math.log(WEIGHT_MOST), -math.log(SHARE_LEAST), -math.log(RATE_LEAST)
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """What the recipe's own settings are multiplied by."""
+
+    weight: float = 1.0
+    """Of every term of the loss but the lesson's."""
+    share: float = 1.0
+    """Of the tokens, the lesson's; the other streams take up the rest."""
+    rate: float = 1.0
+    """Of the learning rate."""
+
+    def __mul__(self, other: Strengths) -> Strengths:
+        return Strengths(
+            self.weight * other.weight, self.share * other.share, self.rate * other.rate
+        )
+
+
+@dataclass(frozen=True)
+class Level:
+    """What is believed of one rise, in budgets."""
+
+    mean: float
+    variance: float
+
+    @property
+    def upper(self) -> float:
+        """Z standard errors above the mean."""
+        return self.mean + Z * math.sqrt(self.variance)
+
+    @property
+    def lower(self) -> float:
+        """Z standard errors below the mean."""
+        return self.mean - Z * math.sqrt(self.variance)
+
+
+def heard(before: Level | None, rise: float, stderr: float) -> Level:
+    """What is believed after a reading; `before` is None at the first one."""
+    if before is None:
+        return Level(rise, stderr**2)
+    wandered = before.variance + (DRIFT * max(1.0, abs(rise))) ** 2
+    trust = wandered / (wandered + stderr**2)
+    return Level(before.mean + trust * (rise - before.mean), (1 - trust) * wandered)
+
+
+def bounds(held: bool = True) -> tuple[float, float]:
+    """LOW and HIGH."""
+    return (-_WEIGHT, _WEIGHT + _SHARE + _RATE) if held else (0.0, _RATE)
+
+
+def moved(x: float, worst: float, held: bool = True) -> float:
+    """The multiplier's log after a check whose worst upper estimate was `worst` budgets."""
+    over, under = min(max(worst - 1, 0.0), STEEPEST), min(max(SLACK - worst, 0.0), STEEPEST)
+    low, high = bounds(held)
+    return min(max(x + GAIN * (over - under), low), high)
+
+
+def strengths(x: float, held: bool = True) -> Strengths:
+    """First the weight, then the lesson's share, last the step size."""
+    if not held:
+        return Strengths(rate=math.exp(-x))
+    return Strengths(
+        weight=math.exp(min(x, _WEIGHT)),
+        share=math.exp(-min(max(x - _WEIGHT, 0.0), _SHARE)),
+        rate=math.exp(-max(x - _WEIGHT - _SHARE, 0.0)),
+    )
+
+
+def worst_upper(levels: Iterable[Level]) -> float:
+    """The worst upper estimate; -inf of nothing."""
+    return max((level.upper for level in levels), default=-math.inf)

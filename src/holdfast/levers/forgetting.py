@@ -1,0 +1,168 @@
+"""Forgetting: a budget for it, which the strength of what holds the base follows.
+
+Source: exponential method of multipliers (Bertsekas 1982, section 5.1.2); equation in `dual.py`.
+Acts on: the weight of every term but the lesson's, then the lesson's share of the tokens, last the
+step size, each within bounds; loosened again where rises leave room, the weight also below the
+recipe's.
+Estimator: paired rises of the same texts and items on the selection split, with their standard
+error; nothing of the sealed split is looked at.
+Cost: readings while training, `CHECKS` of them, each of at most `DOCUMENTS` texts a domain.
+Early in a run the budget is up to twice what it is at the end: large steps do damage that later,
+smaller ones repair, and a budget is for the model that comes out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from holdfast.dual import Level, Strengths, bounds, heard, moved, strengths, worst_upper
+from holdfast.gate.margins import Gate, Margin, MarginText, lower_is_better
+from holdfast.gate.stats import paired_difference
+from holdfast.levers import Lever, Memory, ProbeContext
+
+if TYPE_CHECKING:
+    from holdfast.meters import Reading
+
+CHECKS = 12
+"""Readings while training, where `train.measure_every` says nothing else."""
+DOCUMENTS = 32
+"""Texts of a domain that a reading takes; another part of them each time."""
+PATIENCE = 2
+"""Checks in a row with nothing left to tighten, after which a budget cannot be met."""
+
+
+@dataclass(frozen=True)
+class Rise:
+    """How much one guardrail fell, in budgets."""
+
+    name: str
+    key: str
+    """Of the budget that it counts against."""
+    value: float
+    stderr: float
+
+
+class Forgetting(Lever):
+    """How much may be forgotten, in place of an anchor's weight."""
+
+    OFF: ClassVar = {"budget": {}}
+
+    budget: dict[str, MarginText] = Field(default_factory=dict)
+    """What may be lost, as in `gate.margins`, whose margins it becomes unless they are given:
+    `{canary: 1%, gsm8k: 2pt}`; `1%` alone stands for `{canary: 1%}`. Empty turns it off."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _in_short(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            value = str(Margin.parse(value))  # says which units there are
+        if not isinstance(value, str):
+            return value
+        return {"accuracy" if value.strip().endswith("pt") else "canary": value}
+
+    def strengths(self, memory: Memory) -> Strengths:
+        """What the multiplier stands for now."""
+        return strengths(memory.get("x", 0.0), memory.get("held", True))
+
+    def after_probe(self, readings: Sequence[Reading], ctx: ProbeContext, memory: Memory) -> None:
+        """Move the multiplier by the worst rise; stop where nothing is left to move."""
+        found = rises(ctx.before, readings, self.budget)
+        if not found:
+            return
+        levels = {name: Level(*pair) for name, pair in memory.get("levels", {}).items()}
+        for rise in found:
+            if math.isfinite(rise.value):
+                levels[rise.name] = heard(levels.get(rise.name), rise.value, rise.stderr)
+        memory["levels"] = {name: [one.mean, one.variance] for name, one in levels.items()}
+        broken = [rise.name for rise in found if not math.isfinite(rise.value)]
+        worst = math.inf if broken else worst_upper(levels.values())
+        culprit = broken[0] if broken else max(levels, key=lambda name: levels[name].upper)
+        allowed = 1.0 + ctx.left
+        x, held = memory.get("x", 0.0), memory.get("held", False) or ctx.held
+        memory["x"], memory["held"] = moved(x, worst / allowed, held), held
+        self._tell(ctx, memory, x, worst / allowed, culprit)
+        lesson = [r.value for r in readings if (r.meter, r.split) == ("lesson", "selection")]
+        memory.setdefault("frontier", []).append(
+            [ctx.step, sum(lesson) / len(lesson) if lesson else None, worst, culprit]
+        )
+        over = any(level.lower > allowed for level in levels.values()) or bool(broken)
+        memory["stuck"] = memory.get("stuck", 0) + 1 if over and x == bounds(held)[1] else 0
+        if memory["stuck"] >= PATIENCE:
+            ctx.stop = (
+                f"levers.forgetting.budget: cannot be met: {culprit} is at {worst:.2f} budgets "
+                "with anchor, shares and step size at their bounds; allow more, or take out "
+                f"rows that contradict what must stay. Reached: {'; '.join(reached(memory))}"
+            )
+
+    def _tell(
+        self, ctx: ProbeContext, memory: Memory, before: float, worst: float, culprit: str
+    ) -> None:
+        """Keep what was seen and what it moved, as readings and, where something moved, a note."""
+        now = self.strengths(memory)
+        ctx.note("worst_rise", culprit, worst)
+        for name in ("weight", "share", "rate"):
+            ctx.note("strength", name, getattr(now, name))
+        if memory["x"] != before:
+            word = "tightened" if memory["x"] > before else "loosened"
+            memory.setdefault("moves", []).append(
+                f"step {ctx.step}: {culprit} at {worst:.2f} of what is allowed now, so {word}: "
+                f"weight x{now.weight:.3g}, lesson's share x{now.share:.3g}, step x{now.rate:.3g}"
+            )
+
+
+def unwatched(before: Sequence[Reading], budget: Mapping[str, str]) -> list[str]:
+    """Keys of a budget that nothing of the selection split falls under: the gate's alone."""
+    gate = Gate(margins=dict(budget))
+    seen = [
+        gate.margin_for(reading.meter, reading.name, reading.unit, reading.tags)
+        for reading in before
+        if reading.split == "selection" and "target" not in reading.tags
+    ]
+    return sorted(budget.keys() - {margin[1] for margin in seen if margin})
+
+
+def reached(memory: Memory) -> list[str]:
+    """The frontier so far: what was learned against what was forgotten, a line each check."""
+    return [
+        f"step {step}: {'' if lesson is None else f'lesson {lesson:.3f} nats, '}"
+        f"{culprit} at {worst:.2f} budgets"
+        for step, lesson, worst, culprit in memory.get("frontier", [])
+    ]
+
+
+def rises(
+    before: Sequence[Reading], now: Sequence[Reading], budget: Mapping[str, str]
+) -> list[Rise]:
+    """Each guardrail of the selection split that a budget names: its rise and error, in budgets.
+
+    Paired, on the items that were read both times. Targets are not guardrails.
+    """
+    gate = Gate(margins=dict(budget))
+    then = {(r.meter, r.name): r for r in before if r.split == "selection"}
+    found = []
+    for reading in now:
+        base = then.get((reading.meter, reading.name))
+        if reading.split != "selection" or base is None or "target" in reading.tags:
+            continue
+        margin = gate.margin_for(reading.meter, reading.name, reading.unit, reading.tags)
+        ids = [item for item in reading.items if item in base.items]
+        if margin is None or margin[1] not in budget or not ids:
+            continue
+        sign = -1.0 if lower_is_better(reading.unit) else 1.0
+        first = [base.items[item] for item in ids]
+        change = paired_difference(
+            [sign * value for value in first],
+            [sign * reading.items[item] for item in ids],
+            clusters=[reading.clusters.get(item, item) for item in ids],
+            bounded=reading.unit == "accuracy",
+        )
+        absolute = Margin.parse(budget[margin[1]]).absolute(math.fsum(first) / len(first))
+        name = f"{reading.meter}/{reading.name}"
+        stderr = change.stderr if math.isfinite(change.stderr) else absolute
+        found.append(Rise(name, margin[1], -change.estimate / absolute, stderr / absolute))
+    return found

@@ -1,0 +1,105 @@
+"""Drawing back what is over a budget: as little as it asks for, on what may be looked at."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from holdfast.meters import Reading
+from holdfast.meters.drift import Start
+from holdfast.overshoot import settle
+
+DOCUMENTS = 30
+BASE = {f"d{i}": 1.5 + 0.05 * (i % 7) for i in range(DOCUMENTS)}
+MEAN = sum(BASE.values()) / DOCUMENTS
+
+
+def reading(rise: float, spread: float = 0.0) -> Reading:
+    noise = np.random.default_rng(0).standard_normal(DOCUMENTS)
+    noise -= noise.mean()
+    items = {
+        i: v + MEAN * (rise + spread * e) for (i, v), e in zip(BASE.items(), noise, strict=True)
+    }
+    return Reading("canary", "old", "selection", 1, 0.0, None, DOCUMENTS, "nats", items=items)
+
+
+class Way:
+    """A model whose only weight has moved by 1, and whose canary rises by a power of the way."""
+
+    def __init__(self, end: float, power: float = 2.0, spread: float = 0.0) -> None:
+        self.model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.model.weight)
+        self.start = Start(self.model)
+        nn.init.ones_(self.model.weight)
+        self.end, self.power, self.spread, self.reads = end, power, spread, 0
+
+    @property
+    def gone(self) -> float:
+        return self.model.weight.item()
+
+    def read(self) -> list[Reading]:
+        self.reads += 1
+        rise = self.end * self.gone**self.power
+        return [reading(rise, self.spread * rise)]
+
+
+def settled(way: Way, budget: str = "1%"):  # type: ignore[no-untyped-def]
+    return settle(way.start, way.read, [reading(0.0)], {"canary": budget}, 0.05)
+
+
+def test_what_is_within_stays_where_it_is() -> None:
+    way = Way(end=0.009)
+    found = settled(way)
+    assert (way.gone, way.reads, found.scale) == (1.0, 1, 1.0)
+    assert found.worst == pytest.approx(0.9)
+    assert str(found) == "within the budget: canary/old is at most at 0.90 of it"
+
+
+def test_a_quadratic_rise_takes_one_try() -> None:
+    """sqrt(0.9 / 9) of the way leaves 0.9 of the budget."""
+    way = Way(end=0.09)
+    found = settled(way)
+    assert way.reads == 2
+    assert way.gone == pytest.approx(found.scale) == pytest.approx(math.sqrt(0.1))
+    assert found.worst == pytest.approx(0.9, rel=1e-5)
+    assert "drawn back to 31.6% of the way" in str(found)
+
+
+@given(st.floats(0.001, 3), st.floats(1, 4), st.floats(0, 0.5))
+def test_whatever_the_way_it_ends_within_by_the_upper_bound(
+    end: float, power: float, spread: float
+) -> None:
+    way = Way(end, power, spread)
+    found = settled(way)
+    assert found.worst <= 1
+    assert end * way.gone**power <= 0.01
+
+
+def test_weights_that_are_no_numbers_are_taken_back_to_the_base() -> None:
+    way = Way(end=math.nan)
+    found = settle(
+        way.start,
+        lambda: [reading(math.nan if way.gone else 0.0)],
+        [reading(0.0)],
+        {"canary": "1%"},
+        0.05,
+    )
+    assert way.gone == 0.0
+    assert found.scale == 0.0
+    assert found.worst == 0.0
+
+
+def test_the_sealed_split_is_not_looked_at() -> None:
+    from dataclasses import replace
+
+    way = Way(end=0.5)
+    sealed = [replace(reading(0.5), split="sealed")]
+    found = settle(way.start, lambda: sealed, [reading(0.0)], {"canary": "1%"}, 0.05)
+    assert found.scale == 1.0
+    assert torch.equal(way.model.weight, torch.ones(1, 1))
