@@ -22,6 +22,8 @@ CHUNK_BYTES = 256 * 2**20
 products with the head are bound by arithmetic and launches do not count."""
 CPU_CHUNK_BYTES = 64 * 2**20
 """The same on a CPU, whose products are at full speed from about 128 rows."""
+CPU_CHUNK_ROWS = 512
+"""On a CPU a chunk is no longer: more rows are no faster, and no longer lie in a cache."""
 BLOCK_BYTES = 32 * 2**20
 """Rows of a chunk that are worked on at a time, elementwise: what they need beside the chunk's own
 buffers is little, and launches do not count."""
@@ -29,9 +31,11 @@ CPU_BLOCK_BYTES = 2**20
 """The same on a CPU, whose second-level cache they stay in; the divergence is twice as fast."""
 
 
-def chunk_bytes(device: str) -> int:
-    """Upper size of one chunk's fp32 logits on a device of this type."""
-    return CPU_CHUNK_BYTES if device == "cpu" else CHUNK_BYTES
+def chunk_rows(device: str, tokens: int) -> int:
+    """Rows of a chunk on a device of this type, whose logits are over so many tokens."""
+    if device == "cpu":
+        return max(1, min(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (4 * tokens)))
+    return max(1, CHUNK_BYTES // (4 * tokens))
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,7 @@ class Pass:
         equal ones are equal to the last bit.
         """
         weight_VH, positions = self.head.weight_VH, len(self.targets_P)
-        limit = chunk_bytes(weight_VH.device.type)
-        size = max(1, min(positions, limit // (4 * weight_VH.shape[0])))
+        size = max(1, min(positions, chunk_rows(weight_VH.device.type, weight_VH.shape[0])))
         buffers = [
             weight_VH.new_empty((size, weight_VH.shape[0]), dtype=wide(weight_VH.dtype))
             for _ in range(2 if self.kls and self.one_softmax is None else 1)

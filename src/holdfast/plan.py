@@ -10,7 +10,7 @@ W = the longest row:
     gradients    T t
     optimizer    2 T t          AdamW: two moments, held as the weights are
     activations  N L (8 H + a (4 Q + 3 I + W)) + N X + N (4 + 2 a) H
-    logits       C, with a live base 2 C: fp32 chunks alive at once; C = min(chunk_bytes, 4 N V).
+    logits       C, with a live base 2 C: fp32 chunks alive at once; C = 4 V min(chunk_rows, N).
                  Where the head is trained 4 V H more: a micro-batch's gradient of it
 
 Weights, gradients and moments are counted as by Rajbhandari et al. 2020 (ZeRO, section 3.1).
@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from holdfast import model as models
-from holdfast.chunks import chunk_bytes
+from holdfast.chunks import chunk_rows
 from holdfast.data.example import Example, Role
 from holdfast.data.stream import Stream
 from holdfast.errors import RequestError
@@ -273,9 +273,8 @@ def memory(recipe: Recipe, model: Any, max_length: int) -> dict[str, int]:
     tokens, anchor = recipe.train.micro_batch_tokens, recipe.levers.kl_anchor
     width = 2 if torch.cuda.is_available() else model.get_input_embeddings().weight.element_size()
     vocabulary, size = model.get_input_embeddings().weight.shape
-    chunk = min(
-        chunk_bytes("cuda" if torch.cuda.is_available() else "cpu"), 4 * tokens * vocabulary
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chunk = 4 * vocabulary * min(tokens, chunk_rows(device, vocabulary))
     # one buffer does for a cache, whose bucketed divergence has the softmax that the NLL needs
     buffers = (
         2 if anchor.weight and (anchor.cache is None or anchor.divergence.temperature != 1) else 1
