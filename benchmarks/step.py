@@ -8,10 +8,11 @@ All cases take turns, step by step, within one process, over the same rows of re
 whatever else the machine does falls on all of them. Anchored are a quarter of the rows (beside
 three quarters lesson), or every target token of a batch that is all lesson; each case is compared
 with the same rows without an anchor. `plain` is the obvious way to write it: two full tensors of
-logits. Where the time of a step goes is read inside it. Peak memory is that of a process of its
+logits. On a CPU seconds are those of CPU time: with one thread what the clock would show if nothing
+else ran. Where the time of a step goes is read inside it. Peak memory is that of a process of its
 own, above what it held before the model was loaded; freed buffers go back to the system at once
-there (glibc's trim threshold), or what its allocator holds for later would be counted by chance.
-Whole trainers beside trl's: step_time.py.
+there, or what the allocators (glibc's, Arrow's) hold for later would be counted by chance. Whole
+trainers beside trl's: step_time.py.
 """
 
 from __future__ import annotations
@@ -72,8 +73,12 @@ ALL = {
     "all plain": "plain",
 }
 PARTS = ("forward", "base", "head", "backward", "optimizer")
-AT_ONCE = str(128 * 2**10)
-"""Bytes; see the top."""
+FREED_AT_ONCE = {
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+}
+"""See the top."""
 TUNINGS = {"lora": "LoRA on the MLP", "full": "full fine-tuning"}
 CACHED, MEMORY = 1.03, 1.05
 ONE_PASS_MORE = {"lora": 1.5, "full": 1.33}
@@ -91,11 +96,11 @@ class Parts:
     def of(self, name: str) -> Iterator[None]:
         """Count this block under `name`."""
         synchronize()
-        started = time.perf_counter()
+        started = clock()
         self._inside.append(0.0)
         yield
         synchronize()
-        took = time.perf_counter() - started
+        took = clock() - started
         self.seconds[name] += took - self._inside.pop()
         if self._inside:
             self._inside[-1] += took
@@ -109,6 +114,11 @@ class Parts:
                 return function(*args, **kwargs)
 
         return counted
+
+
+def clock() -> float:
+    """Seconds: on a CPU those that it spent on this process, whatever else the machine does."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def synchronize() -> None:
@@ -154,7 +164,7 @@ class Case:
         """One optimizer step; seconds in each part, and of the whole."""
         parts, batch = Parts(), next(self.batches)
         synchronize()
-        started = time.perf_counter()
+        started = clock()
         with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
             loss = (self._plain if self.kind == "plain" else self._ours)(batch, parts)
         with parts.of("backward"):
@@ -163,7 +173,7 @@ class Case:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         synchronize()
-        return {**parts.seconds, "step": time.perf_counter() - started}
+        return {**parts.seconds, "step": clock() - started}
 
     def _ours(self, batch: MicroBatch, parts: Parts) -> torch.Tensor:
         totals = {role: int((batch["roles"] == role).sum()) for role in Role}
@@ -279,8 +289,9 @@ def peak(case: str, path: str, full: bool, rows_file: Path, rows_a_step: int, ca
         str(torch.get_num_threads()),
         *(["--full"] * full),
     ]
-    given = {"MALLOC_MMAP_THRESHOLD_": AT_ONCE, "MALLOC_TRIM_THRESHOLD_": AT_ONCE}
-    done = subprocess.run(words, check=True, capture_output=True, text=True, env=os.environ | given)
+    done = subprocess.run(
+        words, check=True, capture_output=True, text=True, env=os.environ | FREED_AT_ONCE
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -347,7 +358,8 @@ def measure(
     rows = rows_of_text(path, text, BATCHES * rows_a_step, length)
     size = f"{rows_a_step} rows x {length} tokens a step"
     where = f"{torch.get_num_threads()} threads, {device()}, median of {steps} rounds"
-    print(f"model {Path(path).name}, text {text.name}, {size}, {where}", flush=True)
+    kind = "seconds" if torch.cuda.is_available() else "seconds of CPU time"
+    print(f"model {Path(path).name}, text {text.name}, {size}, {where}, {kind}", flush=True)
     with TemporaryDirectory() as scratch:
         rows_file = Path(scratch) / "rows.json"
         rows_file.write_text(json.dumps(rows))

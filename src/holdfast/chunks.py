@@ -284,10 +284,15 @@ class Pass:
             logits_bV, targets_b = logits_CV[part], self.targets_P[rows.all][part]
             slope_bV = self.head.slope(logits_bV) if grad else None
             kl_grad_bV = None
+            shared = n > 0 and self._shares_softmax
+            if shared:
+                torch.log_softmax(logits_bV, 1, out=logits_bV)
             if kl_CV is not None:
-                kl, kl_grad_bV = self._divergence(logits_bV, kl_CV[part], at[part], targets_b)
+                kl, kl_grad_bV = self._divergence(
+                    logits_bV, kl_CV[part], at[part], targets_b, normalised=shared
+                )
                 kls.append(kl)
-            nlls.append(_nll(logits_bV[:n], targets_b[:n], grad=grad))
+            nlls.append(_nll(logits_bV[:n], targets_b[:n], grad=grad, normalised=shared))
             if up is not None:
                 logits_bV[:n] *= up.nll[part].unsqueeze(1)
                 if kl_grad_bV is not None:
@@ -304,8 +309,23 @@ class Pass:
         values = Values(torch.cat(nlls), torch.cat(kls) if kls else logits_CV.new_empty(0))
         return values, logits_CV if up is not None else logits_CV[: rows.nlls], kl_CV
 
+    @property
+    def _shares_softmax(self) -> bool:
+        """Whether a dense base is compared with the softmax that the NLL needs too."""
+        return (
+            isinstance(self.base, DenseBase)
+            and self.divergence.temperature == 1
+            and len(self.base.head.weight_VH) >= len(self.head.weight_VH)
+        )
+
     def _divergence(
-        self, logits_CV: Tensor, base_CV: Tensor, at: Tensor, targets_C: Tensor
+        self,
+        logits_CV: Tensor,
+        base_CV: Tensor,
+        at: Tensor,
+        targets_C: Tensor,
+        *,
+        normalised: bool,
     ) -> tuple[Tensor, Tensor]:
         """D and its gradient over the base's tokens; a dense base's logits are overwritten."""
         temperature = self.divergence.temperature
@@ -316,17 +336,20 @@ class Pass:
             grad_CV = share_CV.mul_(tail_grad_C.unsqueeze(1))
             grad_CV[listed.row_E, listed.id_E] = grad_E
             return kl, grad_CV
-        logq_CV = (logits_CV if temperature == 1 else logits_CV / temperature).log_softmax(1)
+        if normalised:
+            logq_CV = logits_CV.clone()
+        else:
+            logq_CV = (logits_CV if temperature == 1 else logits_CV / temperature).log_softmax(1)
         if temperature != 1:
             base_CV /= temperature
         logp_CV = torch.log_softmax(base_CV, 1, out=base_CV)
         return self.divergence.value_and_grad(logp_CV, logq_CV, targets_C)
 
 
-def _nll(logits_CV: Tensor, targets_C: Tensor, *, grad: bool) -> Tensor:
+def _nll(logits_CV: Tensor, targets_C: Tensor, *, grad: bool, normalised: bool) -> Tensor:
     """NLL (C,); where asked for, its gradient takes the place of the logits."""
     target_C1 = targets_C.unsqueeze(1)
-    logq_CV = torch.log_softmax(logits_CV, 1, out=logits_CV)
+    logq_CV = logits_CV if normalised else torch.log_softmax(logits_CV, 1, out=logits_CV)
     nll_C = -logq_CV.gather(1, target_C1).squeeze(1)
     if grad:
         q_CV = logq_CV.exp_()

@@ -170,7 +170,8 @@ def choose(logits_SV: Tensor, uniform_S: Tensor, temperature: float | None) -> T
     """The likeliest token, or that whose interval of the cumulative distribution holds u: (S,).
 
     -1 where the logits hold no distribution (a NaN).
-    Probabilities in fp32, their running sums in fp64: of blocks first, then within the one block.
+    Probabilities and their sum over a block in fp32, running sums in fp64: of blocks first, then
+    within the one block.
     """
     if temperature is None:
         token_S = logits_SV.argmax(-1)
@@ -178,8 +179,10 @@ def choose(logits_SV: Tensor, uniform_S: Tensor, temperature: float | None) -> T
         return torch.where(most_S.isnan(), -1, token_S)
     count, vocabulary = logits_SV.shape
     p_SV = (logits_SV.float() if temperature == 1 else logits_SV.float() / temperature).softmax(-1)
-    p_SKb = pad(p_SV, (0, -vocabulary % BLOCK)).view(count, -1, BLOCK)
-    upto_SK = p_SKb.sum(-1, dtype=torch.float64).cumsum(-1)
+    if vocabulary % BLOCK:
+        p_SV = pad(p_SV, (0, -vocabulary % BLOCK))
+    p_SKb = p_SV.view(count, -1, BLOCK)
+    upto_SK = p_SKb.sum(-1).cumsum(-1, dtype=torch.float64)
     target_S1 = (uniform_S * upto_SK[:, -1])[:, None]
     sound_S = upto_SK[:, -1].isfinite()
     block_S1 = torch.searchsorted(upto_SK, target_S1, right=True).clamp(max=upto_SK.shape[1] - 1)
@@ -233,10 +236,9 @@ def _write_in_slots(
                 desk.seat(slot, row, job)
             slots.see([slot for slot, row in enumerate(rows) if row is not None])
         elif not (queue and eager) and len(free) > len(rows) / SHRINK:
-            kept = [slot for slot, row in enumerate(rows) if row is not None]
-            rows = [rows[slot] for slot in kept]
-            slots.keep(kept)
-            desk.keep(kept)
+            order = slots.keep([slot for slot, row in enumerate(rows) if row is not None])
+            rows = [rows[slot] for slot in order]
+            desk.keep(order)
         ended = desk.take(slots.step(desk.token_S), job)
         for slot, tokens in ended:
             written = rows[slot]

@@ -120,11 +120,24 @@ class Slots:
         self.window.begin = min(starts)
         self.padded = max(starts) > self.window.begin
 
-    def keep(self, slots: list[int]) -> None:
-        """Give the other slots up."""
-        self.start_S = self.start_S[slots]
+    def keep(self, live: list[int]) -> list[int]:
+        """Give the other slots up: the last live ones move into the gaps between the first.
+
+        Returns:
+            For each slot that is left, which it was.
+        """
+        left, gone = len(live), set(range(len(live))) - set(live)
+        into, moved = sorted(gone), [slot for slot in live if slot >= left]
+        order = list(range(left))
+        for slot, was in zip(into, moved, strict=True):
+            order[slot] = was
+        self.start_S = self.start_S[order]
+        begin, end = self.window.begin, self.window.end
         for layer in self.layers:
-            layer.held = [part[slots] for part in layer.held]
+            for part in layer.held:
+                part[into, :, begin:end] = part[moved, :, begin:end]
+            layer.held = [part[:left] for part in layer.held]
+        return order
 
     def step(self, token_S: Tensor) -> Tensor:
         """Each row's next token in, the logits (S, V) after it out."""

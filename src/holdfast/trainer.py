@@ -73,10 +73,6 @@ def token_losses(
     if kl_B is not None:
         batch, kl_B = _needed(batch, kl_roles, kl_B)
     roles_BW = batch["roles"]
-    others = (lever.hidden(model, batch) for lever in levers)
-    hidden_BWH = next((hidden for hidden in others if hidden is not None), None)
-    if hidden_BWH is None:
-        hidden_BWH = models.hidden_states(model, batch["input_ids"], batch["position_ids"])
     nll_BW = (roles_BW == Role.TASK) | (roles_BW == Role.REPLAY)
     kl_BW = torch.zeros_like(nll_BW)
     if reference is not None:
@@ -86,7 +82,12 @@ def token_losses(
         kl_BW &= kl_B.unsqueeze(1)
     base = None
     if reference is not None and bool(kl_BW.any()):
+        # first, so that what it needs in passing does not come on top of the activations kept
         base = reference.view(batch["input_ids"], batch["position_ids"], kl_BW)
+    others = (lever.hidden(model, batch) for lever in levers)
+    hidden_BWH = next((hidden for hidden in others if hidden is not None), None)
+    if hidden_BWH is None:
+        hidden_BWH = models.hidden_states(model, batch["input_ids"], batch["position_ids"])
     nll_roles_N, kl_roles_M = roles_BW[nll_BW], roles_BW[kl_BW]
     top = max((lever.entropy_over() for lever in levers), default=0)
     entropy = objective.TopEntropy(top) if top else None
