@@ -27,6 +27,10 @@ SURFACE = {
         "--data", "--dry-run", "--forget", "--help", "--json", "--model", "--out", "--resume",
         "settings",
     ],
+    "sweep": [
+        *("--forget", "--help", "--json", "--minutes", "--out", "--over", "--seed", "--storage"),
+        *("--study", "--trials", "settings"),
+    ],
     "init": ["--force", "--help", "path"],
     "validate": ["--help", "--json", "settings"],
     "check-data": ["--data", "--help", "--json", "--model", "--no-model", "settings"],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +56,18 @@ class RunResult:
     """Steps, refused steps, displacement, seconds."""
 
 
-def train(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> RunResult:
+Watch = Callable[[Sequence[Reading], Sequence[Reading], float], None]
+"""Handed the base's readings, the model's of the selection split, and the share of the steps that
+is done, while training and when it is over. It may end the run by raising."""
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    watch: Watch | None = None,
+) -> RunResult:
     """Run a recipe from start to verdict, or continue it from its last complete checkpoint.
 
     Raises:
@@ -105,13 +116,15 @@ def train(recipe: Recipe, *, resume: bool = False, console: Console | None = Non
             line += " to the gate; train.measure_probes: true reads the probes' selection half"
             warn([line], prepared.setup, console)
         routed = measure.routed(base)
-        trainer = _trainer(prepared, folder, measure, before, console)
+        trainer = _trainer(prepared, folder, measure, before, console, watch)
     _keep_mixer(recipe, folder.path)
     checkpoint = _resume_point(folder)
     with full_disk_named(folder.checkpoints):
         trainer.train(resume_from_checkpoint=checkpoint)
     step = trainer.state.global_step
     budgeted = _settled(trainer, measure, before, recipe)
+    if watch is not None:
+        watch(before, measure.glance(trainer.model, step, lesson=True), 1.0)
     _save_artifact(prepared, folder)
     with console.status("reading the tuned model"):
         after = measure.whole(trainer.model, step, _live(prepared))
@@ -160,6 +173,7 @@ def _trainer(
     measure: Measure,
     before: Sequence[Reading],
     console: Console,
+    watch: Watch | None = None,
 ) -> HoldfastTrainer:
     """The levers' wrap and prepare, then the transformers Trainer around them."""
     import torch
@@ -184,12 +198,15 @@ def _trainer(
         arguments |= lever.arguments(setup.model.config)
     budget, on_gpu = recipe.levers.budget, torch.cuda.is_available()
     budgeted = bool(recipe.levers.forgetting.budget)
-    lesson = budgeted or bool(budget.patience)
+    lesson = budgeted or bool(budget.patience) or watch is not None
     every = recipe.train.measure_every or max(1, steps // (CHECKS if budgeted else 5))
 
     def glance(step: int) -> list[Reading]:
         part = in_turn(measure.canary, step // every, DOCUMENTS) if budgeted else measure.canary
-        return replace(measure, canary=part).glance(setup.model, step, lesson=lesson)
+        found = replace(measure, canary=part).glance(setup.model, step, lesson=lesson)
+        if watch is not None:
+            watch(before, found, step / steps)
+        return found
 
     args = TrainingArguments(
         output_dir=str(folder.checkpoints),

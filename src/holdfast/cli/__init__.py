@@ -9,6 +9,7 @@
     gate.py        `holdfast gate`: may a model be released; for CI systems
     rewind.py      `holdfast rewind`: back towards the base
     options.py     what several of them share
+    sweep.py       `holdfast sweep`: a search over settings
     theory.py      what `holdfast theory` shows
     mixer.py       `holdfast mixer`: freeze and show the mix that a model replays
     probes.py      `holdfast probes`: freeze, check and show probe items

@@ -16,6 +16,7 @@ from holdfast.cli.gate import gate
 from holdfast.cli.mixer import app as mixer
 from holdfast.cli.probes import app as probes
 from holdfast.cli.rewind import rewind
+from holdfast.cli.sweep import sweep
 from holdfast.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ app.add_typer(probes, name="probes")
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("rewind")(rewind)
+app.command("sweep")(sweep)
 app.command("gate")(gate)
 
 RecipeAndWords = Annotated[
