@@ -1,0 +1,213 @@
+"""The forgetting budget's contract on the lab: is it kept, what does it cost, what is given away?
+
+    python benchmarks/budget.py --cells FILE.jsonl                   # every cell that is missing
+    python benchmarks/budget.py --cells FILE.jsonl --minutes 8       # begin none after that
+    python benchmarks/budget.py --cells FILE.jsonl --table           # what is there so far
+
+For each lesson and seed: a plain run (the default), a run for each budget, and a search of 16 fixed
+settings (anchor weight, its share of the tokens, learning rate; the same 16 everywhere). All from
+the same base, rows, steps and tokens a step. The search is judged as hard on us as can be: its best
+setting is the one with the most target among those whose rises turned out to be within the budget
+on the sealed split itself, where the budget's run had only the selection split to go by.
+
+The three lines of the contract:
+  kept      no guardrail's estimated rise on the sealed split is over its budget, in >= 95 % of runs
+  target    at least 97 % of the best fixed setting's that meets the same budget
+  cost      at most 1.3 times the CPU seconds of the plain run
+Intervals: Clopper-Pearson; bootstrap over (lesson, seed). Each cell is a line in --cells, written
+when it is done; one that is there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from scipy.stats import beta
+
+from holdfast.demo import LENGTH, lab_recipe
+from holdfast.lab import write_files
+from holdfast.run import train
+
+LESSONS = ["verbs", "facts", "extraction"]
+SEEDS = [0, 1, 2, 3, 4]
+BUDGETS = ["1%", "3%"]
+TRIALS = 16
+STEPS, TOKENS = 300, 256
+WORST_LAST = ["PASS", "INCONCLUSIVE", "FAIL"]
+Cell = dict[str, Any]
+
+
+def fixed_settings() -> list[list[str]]:
+    """Sixteen draws: weight and rate evenly on a log scale, share evenly; in strata of sixteen."""
+    random = np.random.default_rng(7)
+    unit_TA = (np.stack([random.permutation(TRIALS) for _ in range(3)], 1) + 0.5) / TRIALS
+    return [
+        [
+            f"levers.kl_anchor.weight={2 * 25 ** float(weight):.3g}",
+            f"levers.kl_anchor.self_generated.fraction={0.2 + 0.4 * float(share):.2f}",
+            f"levers.budget.learning_rate={1e-4 * 10 ** float(rate):.3g}",
+        ]
+        for weight, share, rate in unit_TA
+    ]
+
+
+def cells(lessons: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:
+    """What is to be run; all that a line of the contract needs of one seed before the next seed."""
+    for seed in seeds:
+        for lesson in lessons:
+            yield {"lesson": lesson, "seed": seed, "arm": "plain"}
+            for budget in BUDGETS:
+                yield {"lesson": lesson, "seed": seed, "arm": f"budget {budget}"}
+    for seed in seeds:
+        for lesson in lessons:
+            for trial in range(TRIALS):
+                yield {"lesson": lesson, "seed": seed, "arm": f"fixed {trial}"}
+
+
+def run(cell: Cell) -> Cell:
+    """Train a cell, and read what the gate read."""
+    kind, _, which = cell["arm"].partition(" ")
+    words = {
+        "plain": [],
+        "budget": [f"budget.forgetting={which}"],
+        "fixed": fixed_settings()[int(which)] if kind == "fixed" else [],
+    }[kind]
+    with TemporaryDirectory() as scratch:
+        files = write_files(Path(scratch) / "data", lesson=cell["lesson"], seed=cell["seed"])
+        items = [json.loads(line) for line in files["probes"].read_text().splitlines()]
+        asked = [json.dumps(item) for item in items if "target" in item.get("tags", ())]
+        files["probes"].write_text("\n".join(asked) + "\n")
+        sizes = [f"train.steps={STEPS}", f"train.batch_tokens={TOKENS}", "train.save_every=100000"]
+        recipe = lab_recipe(files, Path(scratch) / "run", [*LENGTH, *sizes, *words],
+                            seed=cell["seed"])  # fmt: skip
+        margins = {"canary": which if kind == "budget" else "1%"}
+        gate = recipe.gate.model_copy(update={"margins": margins})
+        started = time.process_time()
+        result = train(recipe.model_copy(update={"gate": gate}))
+        seconds = time.process_time() - started
+    assert result.verdict is not None
+    rows = result.verdict.rows
+    targets = [row.after for row in rows if row.kind == "target" and row.unit == "accuracy"]
+    guards = [row for row in rows if row.kind == "canary"]
+    return cell | {
+        "target": sum(targets) / len(targets),
+        "lesson_loss": next(row.after for row in rows if row.meter == "lesson"),
+        "worst_rise": max(row.difference / row.before for row in guards),
+        "guards": str(max((row.verdict for row in guards), key=WORST_LAST.index)),
+        "cpu_seconds": round(seconds, 1),
+        "end": result.summary.get("budget", {}).get("end"),
+        "stopped": result.summary["stopped"],
+    }
+
+
+def amount(budget: str) -> float:
+    return float(budget.rstrip("%")) / 100
+
+
+def table(done: Sequence[Cell], wanted: int) -> None:
+    """The cells, and the contract's three lines."""
+    found = {(cell["lesson"], cell["seed"], cell["arm"]): cell for cell in done}
+    print(f"{len(done)} of {wanted} cells; {STEPS} steps of {TOKENS} tokens")
+    print(f"{'lesson':8} {'seed':>4} {'arm':12} {'target':>7} {'loss':>7} {'worst rise':>10} "
+          f"{'guards':>12} {'CPU s':>6}")  # fmt: skip
+    for cell in done:
+        if not cell["arm"].startswith("fixed"):
+            print(f"{cell['lesson']:8} {cell['seed']:4} {cell['arm']:12} {cell['target']:7.3f} "
+                  f"{cell['lesson_loss']:7.3f} {cell['worst_rise']:10.2%} {cell['guards']:>12} "
+                  f"{cell['cpu_seconds']:6.0f}  {cell['end'] or ''}")  # fmt: skip
+    ours = [cell for cell in done if cell["arm"].startswith("budget")]
+    kept = [cell["worst_rise"] <= amount(cell["arm"].split()[1]) for cell in ours]
+    passed = sum(cell["guards"] == "PASS" for cell in ours)
+    if kept:
+        k, n = sum(kept), len(kept)
+        low = float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0
+        high = float(beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
+        print(f"kept: {k} of {n} runs ({k / n:.0%} [{low:.0%}, {high:.0%}]), aim 95 %: "
+              f"{said(k / n >= 0.95)}; {passed} of {n} are shown to be (PASS)")  # fmt: skip
+    ratios: dict[tuple[str, int], list[float]] = {}
+    for cell in ours:
+        fixed = [found.get((cell["lesson"], cell["seed"], f"fixed {i}")) for i in range(TRIALS)]
+        if None in fixed:
+            continue
+        within = [one for one in fixed if one["worst_rise"] <= amount(cell["arm"].split()[1])]
+        best = max((one["target"] for one in within), default=0.0)
+        key = (cell["lesson"], cell["seed"])
+        if best:
+            ratios.setdefault(key, []).append(cell["target"] / best)
+        elif within:
+            print(f"{key}, {cell['arm']}: no fixed setting within it learned anything")
+        else:
+            print(f"{key}, {cell['arm']}: no fixed setting is within it")
+    line("target", "of the best fixed setting's", ratios, 0.97, at_least=True)
+    costs: dict[tuple[str, int], list[float]] = {}
+    for cell in ours:
+        if plain := found.get((cell["lesson"], cell["seed"], "plain")):
+            key = (cell["lesson"], cell["seed"])
+            costs.setdefault(key, []).append(cell["cpu_seconds"] / plain["cpu_seconds"])
+    line("cost", "of the plain run's CPU seconds", costs, 1.3, at_least=False)
+
+
+def line(
+    name: str, of: str, ratios: dict[tuple[str, int], list[float]], aim: float, *, at_least: bool
+) -> None:
+    """Mean ratio with a bootstrap interval over (lesson, seed), and whether the aim is met."""
+    if not ratios:
+        print(f"{name}: no pair of runs to compare yet")
+        return
+    groups = list(ratios.values())
+    mean = float(np.mean([ratio for group in groups for ratio in group]))
+    random = np.random.default_rng(0)
+    drawn = [
+        np.mean([r for i in random.integers(0, len(groups), len(groups)) for r in groups[i]])
+        for _ in range(2000)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    met = mean >= aim if at_least else mean <= aim
+    few = "" if len(groups) > 2 else f"; {len(groups)} group(s): the interval says nothing"
+    print(f"{name}: {mean:.2f} [{low:.2f}, {high:.2f}] {of} ({sum(map(len, groups))} pairs), "
+          f"aim {'at least' if at_least else 'at most'} {aim}: {said(met)}{few}")  # fmt: skip
+
+
+def said(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
+def main(
+    cells_file: Annotated[Path, typer.Option("--cells", help="JSON lines, one a cell.")],
+    minutes: Annotated[float, typer.Option(help="Begin no cell after that.")] = 1e9,
+    lesson: list[str] | None = None,
+    seed: list[int] | None = None,
+    arm: Annotated[str, typer.Option(help="Only arms that begin so.")] = "",
+    show: Annotated[bool, typer.Option("--table", help="Run nothing.")] = False,
+) -> None:
+    """Run what is missing and print the contract."""
+    torch.set_num_threads(1)
+    wanted = list(cells(LESSONS, SEEDS))
+    done = [json.loads(one) for one in cells_file.read_text().splitlines()] \
+        if cells_file.exists() else []  # fmt: skip
+    there = {(one["lesson"], one["seed"], one["arm"]) for one in done}
+    started = time.monotonic()
+    for cell in cells(lesson or LESSONS, seed or SEEDS):
+        late = time.monotonic() - started > 60 * minutes
+        if show or late or (cell["lesson"], cell["seed"], cell["arm"]) in there:
+            continue
+        if not cell["arm"].startswith(arm):
+            continue
+        one = run(cell)
+        with cells_file.open("a") as file:
+            file.write(json.dumps(one) + "\n")
+        done.append(one)
+        print(json.dumps(one), flush=True)
+    table(done, len(wanted))
+
+
+if __name__ == "__main__":
+    typer.run(main)
