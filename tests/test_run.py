@@ -542,3 +542,63 @@ def test_without_levers_and_gate_only_the_lesson_is_learned(inputs: Path, tmp_pa
     assert {key[2] for key in found if key[1] == "loss"} == {"task"}
     first, last = (found[step, "loss", "task", "train"] for step in (1, STEPS))
     assert last != first
+
+
+# ---- a forgetting budget, and a watched run
+
+
+def test_a_run_with_a_budget_keeps_it_says_how_and_resumes_exactly(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At so high a rate 0.01 % is soon over: what is left is drawn back until it is within."""
+    changes: dict[str, Any] = {"budget": {"forgetting": "0.01%"}}
+    recipe = recipe_of(inputs, tmp_path / "run", **changes)
+    assert recipe.gate.margins == {"canary": "0.01%"}
+    result = run.train(recipe)
+    summary = result.summary["budget"]
+    assert "tightened" in summary["moves"][0]
+    assert "drawn back to" in summary["end"]
+    found = readings(tmp_path / "run")
+    weight = [value for key, value in found.items() if key[1:3] == ("strength", "weight")]
+    assert max(weight) > 1
+    canaries = [key for key in found if key[1] == "canary" and key[3] == "selection"]
+    for step, meter, name, split in canaries:
+        if step == STEPS:
+            assert found[key := (step, meter, name, split)] <= found[0, *key[1:]] * 1.0001
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(run, "settle", kill)
+    with pytest.raises(Killed):
+        run.train(recipe_of(inputs, tmp_path / "again", **changes))
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / f"checkpoint-{STEPS}", ignore_errors=True)
+    run.train(recipe_of(inputs, tmp_path / "again", **changes), resume=True)
+    assert weights(tmp_path / "again") == weights(tmp_path / "run")
+    assert readings(tmp_path / "again") == found
+    assert verdict(tmp_path / "again")["summary"] == verdict(tmp_path / "run")["summary"]
+
+
+def test_a_watched_run_is_handed_the_selection_split_and_may_be_ended(
+    inputs: Path, tmp_path: Path
+) -> None:
+    class EnoughError(Exception):
+        pass
+
+    seen: list[tuple[float, set[tuple[str, str]]]] = []
+
+    def watch(before: Any, now: Any, done: float) -> None:
+        seen.append((done, {(one.meter, one.split) for one in now}))
+        if done == 1:
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        run.train(recipe_of(inputs, tmp_path / "run"), watch=watch)
+    assert [done for done, _ in seen] == [pytest.approx(2 / STEPS), pytest.approx(4 / STEPS), 1]
+    for _, kinds in seen:
+        assert kinds == {("canary", "selection"), ("lesson", "selection")}
+    assert not (tmp_path / "run" / "verdict.json").exists()

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from holdfast.data.packing import keeps_documents_apart
 from holdfast.data.rows import iter_rows
 from holdfast.data.stream import Stream
 from holdfast.data.texts import row_texts
+from holdfast.dual import SHARE_LEAST
 from holdfast.errors import RequestError
 from holdfast.levers import Setup
 from holdfast.lineage import locate
@@ -62,11 +64,16 @@ class Prepared:
         return next(stream.role for stream in self.streams if stream.name == name)
 
     def rows_of(self, roles: Collection[Role]) -> Iterator[list[int]]:
-        """Token ids of every document of these roles that the whole run reads, each once."""
+        """Token ids of every document of these roles that the whole run may read, each once."""
+        mixtures = [self.mixture]
+        if self.recipe.levers.forgetting.budget:  # it may give the other streams more
+            mixtures.append(copy(self.mixture))
+            mixtures[1].schedule = [(0, SHARE_LEAST)]
         read = {
             document
+            for mixture in mixtures
             for step in range(self.steps)
-            for document in self.mixture.rows_at(step)
+            for document in mixture.rows_at(step)
             if self.streams[document[0]].role in roles
         }
         for stream, row in sorted(read):

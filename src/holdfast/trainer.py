@@ -330,7 +330,7 @@ class HoldfastTrainer(Trainer):
             saved = json.loads((Path(checkpoint) / MEMORY_FILE).read_text(encoding="utf-8"))
             self.lever_memory = {lever.key: {} for lever in self.levers} | saved["memory"]
             self.refused = saved["refused"]
-            self.mixture.schedule = [(step, share) for step, share in saved["schedule"]]
+            self.mixture.schedule = [(step, share) for step, share in saved.get("schedule", ())]
 
     def step_context(self) -> StepContext:
         """The step as the levers see it."""

@@ -343,6 +343,11 @@ def _show_result(result: RunResult, as_json: bool) -> None:
     console = _console(False)
     if verdict:
         console.print(verdict.table())
+    told = {"budget": result.summary.get("budget", {}).get("end")}
+    told |= {"stopped early": result.summary["stopped"]}
+    for name, line in told.items():
+        if line:
+            console.print(f"{name}: {line}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {result.folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
