@@ -42,6 +42,14 @@ def test_no_check_moves_far_or_out_of_bounds(x: float, worst: float) -> None:
     assert moved(x, math.inf) == min(x + GAIN * STEEPEST, HIGH)
 
 
+@given(INSIDE, BUDGETS)
+def test_late_in_a_run_the_step_is_not_made_smaller_any_more(x: float, worst: float) -> None:
+    before, now = strengths(x), strengths(moved(x, worst, late=True))
+    assert now.rate >= before.rate - 1e-12
+    assert moved(x, worst, late=True) <= moved(x, worst)
+    assert moved(x, 0.9, late=True) == x
+
+
 @given(INSIDE, BUDGETS, BUDGETS)
 def test_a_larger_rise_never_loosens(x: float, one: float, other: float) -> None:
     assert moved(x, max(one, other)) >= moved(x, min(one, other))

@@ -14,6 +14,8 @@ whose steps ask for no scale. One multiplier serves all constraints, since one a
 their maximum. What x stands for, in this order (`strengths`): the weight of what holds the base,
 from 1/16 to 16 times the recipe's; then the lesson's share of the tokens, down to half; then the
 step size, down to an eighth. Where nothing holds the base (`held`), it is the step size alone.
+In the second half of a run (`late`) the step size is not made smaller any more: what was forgotten
+by then is repaired by the anchor's steps, and smaller ones would keep it.
 
 r_i is taken as a random walk seen through noise, so that checks which each read a part of the texts
 add up (`heard`): at each one its variance grows by (DRIFT max(1, |reading|))^2, then the
@@ -33,8 +35,8 @@ Z = 1.0
 """Standard errors that an upper estimate lies above the estimate."""
 SLACK = 0.5
 """Below this many budgets, by the upper estimate, the anchor is relaxed."""
-STEEPEST = 1.0
-"""Largest excess that counts at once: a rise of ten budgets moves x as one of two does."""
+STEEPEST = 2.0
+"""Largest excess that counts at once: a rise of ten budgets moves x as one of three does."""
 GAIN = 0.7
 """To second order a rise falls as 1 / weight^2, so that 1/2 would cancel a small excess at once."""
 DRIFT = 0.5
@@ -87,16 +89,18 @@ def heard(before: Level | None, rise: float, stderr: float) -> Level:
     return Level(before.mean + trust * (rise - before.mean), (1 - trust) * wandered)
 
 
-def bounds(held: bool = True) -> tuple[float, float]:
+def bounds(held: bool = True, late: bool = False) -> tuple[float, float]:
     """LOW and HIGH."""
-    return (-_WEIGHT, _WEIGHT + _SHARE + _RATE) if held else (0.0, _RATE)
+    if not held:
+        return 0.0, _RATE
+    return -_WEIGHT, _WEIGHT + _SHARE + (0.0 if late else _RATE)
 
 
-def moved(x: float, worst: float, held: bool = True) -> float:
+def moved(x: float, worst: float, held: bool = True, late: bool = False) -> float:
     """The multiplier's log after a check whose worst upper estimate was `worst` budgets."""
     over, under = min(max(worst - 1, 0.0), STEEPEST), min(max(SLACK - worst, 0.0), STEEPEST)
-    low, high = bounds(held)
-    return min(max(x + GAIN * (over - under), low), high)
+    low, high = bounds(held, late)
+    return min(max(x + GAIN * (over - under), low), max(high, x))
 
 
 def strengths(x: float, held: bool = True) -> Strengths:

@@ -158,7 +158,7 @@ def test_it_gives_up_once_nothing_is_left_to_tighten_and_says_what_was_reached()
     lever, memory = Forgetting(budget="0.01%"), Memory()
     stops = []
     for _ in range(20):
-        stops.append(check(lever, memory, risen(0.05)).stop)
+        stops.append(check(lever, memory, risen(0.05), left=0.9).stop)
         if stops[-1]:
             break
     reached = lever.strengths(memory)
@@ -168,7 +168,14 @@ def test_it_gives_up_once_nothing_is_left_to_tighten_and_says_what_was_reached()
     assert stops[-1] is not None
     assert "cannot be met" in stops[-1]
     assert stops[-1].count("budgets;") == len(stops) - 1, "a point of the frontier for each check"
-    assert len(stops) >= PATIENCE + 5
+    assert len(stops) >= PATIENCE + 4
+
+
+def test_it_does_not_give_up_while_a_rise_is_being_repaired() -> None:
+    lever, memory = Forgetting(budget="0.01%"), Memory()
+    for number in range(20):
+        now = risen(0.5 * 0.8**number)
+        assert check(lever, memory, now, left=0.4).stop is None
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,12 @@ PATIENCE = 2
 """Checks in a row with nothing left to tighten, after which a budget cannot be met."""
 
 
+HALF = 0.5
+"""Share of the steps still to come, below which the step size is left alone."""
+FALLING = 0.9
+"""A rise that came down to this part of what it was is being repaired."""
+
+
 @dataclass(frozen=True)
 class Rise:
     """How much one guardrail fell, in budgets."""
@@ -84,14 +90,18 @@ class Forgetting(Lever):
         culprit = broken[0] if broken else max(levels, key=lambda name: levels[name].upper)
         allowed = 1.0 + ctx.left
         x, held = memory.get("x", 0.0), memory.get("held", False) or ctx.held
-        memory["x"], memory["held"] = moved(x, worst / allowed, held), held
+        late = ctx.left < HALF
+        memory["x"], memory["held"] = moved(x, worst / allowed, held, late), held
         self._tell(ctx, memory, x, worst / allowed, culprit)
         lesson = [r.value for r in readings if (r.meter, r.split) == ("lesson", "selection")]
         memory.setdefault("frontier", []).append(
             [ctx.step, sum(lesson) / len(lesson) if lesson else None, worst, culprit]
         )
         over = any(level.lower > allowed for level in levels.values()) or bool(broken)
-        memory["stuck"] = memory.get("stuck", 0) + 1 if over and x == bounds(held)[1] else 0
+        falling = worst < FALLING * memory.get("worst", math.inf)
+        spent = x >= bounds(held, late)[1]
+        memory["stuck"] = memory.get("stuck", 0) + 1 if over and spent and not falling else 0
+        memory["worst"] = worst if math.isfinite(worst) else 1e9
         if memory["stuck"] >= PATIENCE:
             ctx.stop = (
                 f"levers.forgetting.budget: cannot be met: {culprit} is at {worst:.2f} budgets "
