@@ -53,13 +53,13 @@ def sweep(
     from rich.console import Console
 
     from holdfast import sweep as sweeping
+    from holdfast.gate.margins import in_short
     from holdfast.space import parse_axes
 
     words = list(settings)
     recipe = Path(words.pop(0)) if words[0].endswith((".yaml", ".yml")) else None
     if forget is not None:
-        key = "accuracy" if forget.strip().endswith("pt") else "canary"
-        words.append(f"gate.margins.{key}={forget}")
+        words += [f"gate.margins.{key}={text}" for key, text in in_short(forget).items()]
     if out.is_file():
         raise RequestError(f"--out: '{out}' is a file; give a folder")
     found = sweeping.sweep(

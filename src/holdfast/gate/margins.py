@@ -131,6 +131,11 @@ class Gate(Section):
         return None
 
 
+def in_short(text: str) -> dict[str, str]:
+    """What a margin alone stands for: `1%` is the canary's, `2pt` that of any accuracy."""
+    return {"accuracy" if text.strip().endswith("pt") else "canary": text}
+
+
 def candidate_keys(meter: str, name: str, unit: str, tags: tuple[str, ...] = ()) -> Iterator[str]:
     """Keys under which a reading's margin may stand, the most particular first."""
     yield f"{meter}/{name}"

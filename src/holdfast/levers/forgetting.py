@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, field_validator
 
 from holdfast.dual import Level, Strengths, bounds, heard, moved, strengths, worst_upper
-from holdfast.gate.margins import Gate, Margin, MarginText, lower_is_better
+from holdfast.gate.margins import Gate, Margin, MarginText, in_short, lower_is_better
 from holdfast.gate.stats import paired_difference
 from holdfast.levers import Lever, Memory, ProbeContext
 
@@ -36,6 +36,8 @@ PATIENCE = 2
 """Checks in a row with nothing left to tighten, after which a budget cannot be met."""
 
 
+BROKEN = 1e9
+"""Budgets that a loss counts as which is no number."""
 HALF = 0.5
 """Share of the steps still to come, below which the step size is left alone."""
 FALLING = 0.9
@@ -67,9 +69,7 @@ class Forgetting(Lever):
     def _in_short(cls, value: Any) -> Any:
         if isinstance(value, int | float):
             value = str(Margin.parse(value))  # says which units there are
-        if not isinstance(value, str):
-            return value
-        return {"accuracy" if value.strip().endswith("pt") else "canary": value}
+        return in_short(value) if isinstance(value, str) else value
 
     def strengths(self, memory: Memory) -> Strengths:
         """What the multiplier stands for now."""
@@ -86,7 +86,7 @@ class Forgetting(Lever):
                 levels[rise.name] = heard(levels.get(rise.name), rise.value, rise.stderr)
         memory["levels"] = {name: [one.mean, one.variance] for name, one in levels.items()}
         broken = [rise.name for rise in found if not math.isfinite(rise.value)]
-        worst = math.inf if broken else worst_upper(levels.values())
+        worst = BROKEN if broken else worst_upper(levels.values())
         culprit = broken[0] if broken else max(levels, key=lambda name: levels[name].upper)
         allowed = 1.0 + ctx.left
         x, held = memory.get("x", 0.0), memory.get("held", False) or ctx.held
@@ -101,7 +101,7 @@ class Forgetting(Lever):
         falling = worst < FALLING * memory.get("worst", math.inf)
         spent = x >= bounds(held, late)[1]
         memory["stuck"] = memory.get("stuck", 0) + 1 if over and spent and not falling else 0
-        memory["worst"] = worst if math.isfinite(worst) else 1e9
+        memory["worst"] = worst
         if memory["stuck"] >= PATIENCE:
             ctx.stop = (
                 f"levers.forgetting.budget: cannot be met: {culprit} is at {worst:.2f} budgets "
