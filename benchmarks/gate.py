@@ -1,15 +1,17 @@
 """The gate's own error rates: how often it is wrong, and the smallest fall that it finds.
 
-python benchmarks/gate.py simulate               # simulated runs only: about 2 minutes
-python benchmarks/gate.py real --threads 2       # the lab's base: batches, bf16, planted noise
+Simulated, so that the truth is known; gate_real.py has the same of real readings.
+
+    python benchmarks/gate.py                    # --part rates, power or alarms: one of them
+
+Each figure stands beside what is promised, with a Wilson interval of 95 %: met (at or below it),
+met within error (the interval holds it) or MISSED.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,20 @@ CHURN = 0.04
 """Share of 0/1 items that another batch size or precision changes, half of them to wrong."""
 ACCURACY, NOISE = 0.7, 0.02
 """Of the simulated base: accuracy, and spread of a loss's change in nats."""
+
+
+def against(hits: float, runs: int, nominal: float) -> str:
+    """`3.1% [2.2, 4.4] of 1000, nominal 5%: met`."""
+    share, z = hits / runs, 1.96
+    middle = (share + z * z / (2 * runs)) / (1 + z * z / runs)
+    reach = z * np.sqrt(share * (1 - share) / runs + (z / (2 * runs)) ** 2) / (1 + z * z / runs)
+    said = (
+        "met" if share <= nominal else "met within error" if middle - reach <= nominal else "MISSED"
+    )
+    return (
+        f"{share:.2%} [{100 * (middle - reach):.2f}, {100 * (middle + reach):.2f}] of {runs:,}, "
+        f"nominal {nominal:.0%}: {said}"
+    )
 
 
 def probe(name: str, values: np.ndarray, unit: str = "accuracy") -> Reading:
@@ -57,36 +73,68 @@ def simulated(rng: np.random.Generator, items: int, fall: float, rise: float) ->
 
 
 def rates(runs: int, rng: np.random.Generator) -> None:
-    print(f"gate, {runs} simulated runs of 3 probes x 1000 items and 100 documents, alpha {ALPHA}")
-    for said, fall, rise in (
-        ("base against base", 0.0, 0.0),
-        ("every guardrail at its margin", 0.02, 0.05),
-        ("twice the margin", 0.04, 0.10),
+    print(
+        f"gate, {runs:,} simulated runs of 3 probes x 1000 items and 100 documents, alpha {ALPHA}"
+    )
+    for said, wrong, fall, rise in (
+        ("base against base, FAIL", "FAIL", 0.0, 0.0),
+        ("every guardrail at its margin, PASS", "PASS", 0.02, 0.05),
+        ("twice the margin, PASS", "PASS", 0.04, 0.10),
     ):
-        found = [simulated(rng, 1000, fall, rise) for _ in range(runs)]
-        verdicts = [str(one.verdict) for one in found]
-        print(f"  {said}: " + ", ".join(
-            f"{word} {verdicts.count(word) / runs:.1%}"
-            for word in ("PASS", "FAIL", "INCONCLUSIVE")
-        ))  # fmt: skip
-    rows = [str(simulated(rng, 1000, 0.02, 0.05).rows[0].verdict) for _ in range(runs)]
-    print(f"  one probe at its margin: PASS {rows.count('PASS') / runs:.1%} (nominal {ALPHA:.0%})")
+        found = [str(simulated(rng, 1000, fall, rise).verdict) for _ in range(runs)]
+        print(f"  {said}: {against(found.count(wrong), runs, ALPHA)}")
+    for said, margin, once in at_margin(rng):
+        passed = sum(once().lower > -margin for _ in range(runs))
+        print(
+            f"  one capability exactly at its margin, {said}, PASS: {against(passed, runs, ALPHA)}"
+        )
+
+
+def at_margin(rng: np.random.Generator) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+    """(what, its margin, a reading of a model that lost just that)."""
+
+    def scores(n: int, churn: float) -> Any:
+        before = (rng.random(n) < ACCURACY).astype(float)
+        after = changed(rng, before, churn, 0.02)
+        return paired_difference(before, after, alpha=ALPHA, bounded=True)
+
+    def losses(n: int) -> Any:
+        fall = rng.gamma(2, 0.05, n)  # skewed, of mean 0.1
+        return paired_difference(np.zeros(n), -fall, alpha=ALPHA)
+
+    def grouped(groups: int, size: int) -> Any:
+        """A fall of 5 points: 5 % of the groups turn wrong as a whole."""
+        before = np.ones(groups * size)
+        after = before * np.repeat(rng.random(groups) >= 0.05, size)
+        names = [str(i // size) for i in range(groups * size)]
+        return paired_difference(before, after, clusters=names, alpha=ALPHA, bounded=True)
+
+    yield "250 scores, churn 4 %", 0.02, lambda: scores(250, 0.04)
+    yield "1,500 scores, churn 4 %", 0.02, lambda: scores(1500, 0.04)
+    yield "1,500 scores, no other change", 0.02, lambda: scores(1500, 0.0)
+    yield "20 documents, skewed losses", 0.1, lambda: losses(20)
+    yield "100 documents, skewed losses", 0.1, lambda: losses(100)
+    yield "60 clusters of 5 scores", 0.05, lambda: grouped(60, 5)
+
+
+def shown(before: np.ndarray, after: np.ndarray, paired: bool) -> bool:
+    """Whether a fall is shown at level alpha: the upper bound lies below zero."""
+    from scipy.special import ndtri
+
+    if paired:
+        return paired_difference(before, after, alpha=ALPHA, bounded=True).upper < 0
+    stderr = np.hypot(stderr_of_mean(before), stderr_of_mean(after))
+    return bool(after.mean() - before.mean() < float(ndtri(ALPHA)) * stderr)
 
 
 def detected(rng: np.random.Generator, items: int, fall: float, paired: bool, runs: int) -> float:
-    """Share of runs in which a fall is shown at level alpha: the upper bound lies below zero."""
-    from scipy.special import ndtri
-
+    """Share of runs in which a fall is shown; unpaired: other items after than before."""
     hits = 0
     for _ in range(runs):
         before = (rng.random(items) < ACCURACY).astype(float)
-        if paired:
-            after = changed(rng, before, CHURN, fall)
-            hits += paired_difference(before, after, alpha=ALPHA, bounded=True).upper < 0
-        else:  # other items after than before
-            after = (rng.random(items) < ACCURACY - fall).astype(float)
-            stderr = np.hypot(stderr_of_mean(before), stderr_of_mean(after))
-            hits += after.mean() - before.mean() < float(ndtri(ALPHA)) * stderr
+        after = changed(rng, before, CHURN, fall) if paired else (
+            rng.random(items) < ACCURACY - fall).astype(float)  # fmt: skip
+        hits += shown(before, after, paired)
     return hits / runs
 
 
@@ -129,7 +177,7 @@ def alarm_rates(runs: int, rng: np.random.Generator, probes: int = 50, checks: i
         ("every probe at its margin", (0.02, 0.94, 0.04)),
     ):
         false = sum(run(odds)[0] for _ in range(runs))
-        print(f"  {said}: any false alarm in {false / runs:.1%} of {runs} runs (alpha {ALPHA:.0%})")
+        print(f"  {said}, any false alarm: {against(false, runs, ALPHA)}", flush=True)
     for fall in (0.05, 0.1, 0.2):
         waited = []
         for _ in range(20):
@@ -141,117 +189,20 @@ def alarm_rates(runs: int, rng: np.random.Generator, probes: int = 50, checks: i
         print(f"  a fall of {fall:.0%} from the start: alarm after {np.median(waited):.0f} checks")
 
 
+PARTS = {"rates": rates, "power": power, "alarms": alarm_rates}
+
+
 @app.command()
-def simulate(runs: int = 1000, alarm_runs: int = 200, power_runs: int = 400, seed: int = 0) -> None:
+def simulate(part: str = "", runs: int = 1000, seed: int = 0) -> None:
     """Error rates where the truth is known."""
-    for part in (
-        lambda: rates(runs, np.random.default_rng(seed)),
-        lambda: power(power_runs, np.random.default_rng(seed + 1)),
-        lambda: alarm_rates(alarm_runs, np.random.default_rng(seed + 2)),
-    ):
-        started = time.perf_counter()
-        part()
-        print(f"  ({time.perf_counter() - started:.0f} s)", flush=True)
-
-
-def planted(model: Any, blocks: list[int], size: float, seed: int) -> Callable[[], None]:
-    """Add noise of `size` times each matrix's own spread in some blocks; returns the undoing."""
-    import torch
-
-    random = torch.Generator().manual_seed(seed)
-    kept = []
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if tensor.ndim == 2 and any(f".layers.{b}." in name for b in blocks):
-                kept.append((tensor, tensor.clone()))
-                noise = torch.randn(tensor.shape, generator=random, dtype=torch.float32)
-                tensor.add_((size * tensor.float().std() * noise).to(tensor.dtype))
-
-    def undo() -> None:
-        with torch.no_grad():
-            for tensor, then in kept:
-                tensor.copy_(then)
-
-    return undo
-
-
-def conditions(base: Any, batches: Callable[[int], None], quick: bool) -> Iterator[tuple[str, Any]]:
-    """(what was done, the model) of each; the base is as it was after each."""
-    import torch
-
-    for tokens in (512,) if quick else (256, 512, 2048, 16384):
-        batches(tokens)
-        yield f"base, {tokens} tokens a batch", base
-    batches(8192)
-    base.to(torch.bfloat16)
-    yield "base, bfloat16", base
-
-
-@app.command()
-def real(threads: int = 2, items: int = 100, seeds: int = 2, quick: bool = False) -> None:
-    """The lab's base against itself, and against itself with planted damage."""
-    import torch
-
-    from holdfast.checkpoint import load_checkpoint
-    from holdfast.data.rows import Source
-    from holdfast.lab import base_path, write_files
-    from holdfast.measure import text_documents
-    from holdfast.meters import likelihood, scoring
-    from holdfast.meters.canary import Canary
-    from holdfast.pair import Texts
-
-    torch.set_num_threads(threads)
-    started = time.perf_counter()
-    with TemporaryDirectory() as scratch:
-        files = write_files(Path(scratch))
-        texts = Texts(Canary(sources=[Source(path=str(files["canary"]))]), [str(files["probes"])])
-        chosen: dict[str, int] = {}
-        kept = []
-        for item in texts.items():
-            chosen[item.probe] = chosen.get(item.probe, 0) + 1
-            if "guardrail" in item.tags and chosen[item.probe] <= items:
-                kept.append(item)
-        first = load_checkpoint("BASE", str(base_path()), None, "float32")
-        documents = text_documents(texts.canary, first.tokenizer, first.context)
-    measure = texts.measure(first.tokenizer, documents, kept)
-    gate = Gate(alpha=ALPHA)
-    before = measure.whole(first.model, 0)
-    print(f"lab base: {len(kept)} items of {len(chosen)} probes, {len(documents)} documents")
-
-    def batches(tokens: int) -> None:
-        for module in (scoring, likelihood):
-            if hasattr(module, "BATCH_TOKENS"):
-                module.BATCH_TOKENS = tokens
-
-    def judge(said: str, model: Any) -> tuple[bool, float]:
-        result = decide(before, measure.whole(model, 1), gate)
-        fallen = [row.name for row in result.rows if row.decisive and row.verdict == "FAIL"]
-        canary = [row for row in result.rows if row.meter == "canary"]
-        rise = np.mean([row.difference / row.before for row in canary])
-        print(f"  {said}: {result.verdict}, failed {len(fallen)} of {len(result.rows)} "
-              f"({', '.join(fallen[:4])}), canary {rise:+.2%}", flush=True)  # fmt: skip
-        return str(result.verdict) == "FAIL", float(rise)
-
-    weights = {name: tensor.clone() for name, tensor in first.model.named_parameters()}
-    for said, model in conditions(first.model, batches, quick):
-        judge(said, model)
-    first.model.to(torch.float32)
-    with torch.no_grad():
-        for name, tensor in first.model.named_parameters():
-            tensor.copy_(weights[name])
-    layers = first.model.config.num_hidden_layers
-    curve: dict[float, list[tuple[bool, float]]] = {}
-    for block in (0, layers - 1) if not quick else (0,):
-        for size in (0.1, 0.2, 0.4, 0.8) if not quick else (0.2, 0.6):
-            for seed in range(1 if quick else seeds):
-                undo = planted(first.model, [block], size, seed)
-                said = f"noise {size} in block {block}, seed {seed}"
-                curve.setdefault(size, []).append(judge(said, first.model))
-                undo()
-    for size, found in curve.items():
-        share, rise = np.mean([f for f, _ in found]), np.mean([r for _, r in found])
-        print(f"  noise {size}: found in {share:.0%} of {len(found)}, canary {rise:+.2%}")
-    print(f"  ({time.perf_counter() - started:.0f} s)")
+    for place, (name, do) in enumerate(PARTS.items()):
+        if part in ("", name):
+            started = time.perf_counter()
+            do(runs, np.random.default_rng(seed + place))
+            print(
+                f"  ({name}: seed {seed + place}, {time.perf_counter() - started:.0f} s)",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -157,6 +157,12 @@ WRONG = {
     "margin without a unit": recipe(
         "gate: {margins: {sums: 2}}", ("gate.margins.sums: 2", "no unit", "2pt", "2%")
     ),
+    "margin of the wrong sign": recipe(
+        "gate: {margins: {sums: -2pt}}", ('gate.margins.sums: "-2pt"', "wrong sign", "write 2pt")
+    ),
+    "margin for nothing that is read": recipe(
+        "gate: {margins: {canry: 2%}}", ("gate.margins: 'canry' names nothing", "mean 'canary'?")
+    ),
     "margin of zero": recipe(
         "gate: {margins: {sums: 0pt}}", ('gate.margins.sums: "0pt"', "outside (0, 100]", "0.5pt")
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ import tiny
 from holdfast.compare import compare
 from holdfast.data.rows import Source
 from holdfast.errors import RequestError
+from holdfast.gate.render import show_difference
 from holdfast.measure import shared_documents
 from holdfast.meters.canary import Canary, read_bits, read_canary
 from holdfast.pair import Texts
@@ -146,6 +148,10 @@ def test_compare_gives_what_a_run_gives(
     assert all(isinstance(item["answer_after"], str) for item in answers)
     page = (out / "report.html").read_text()
     assert "Capabilities, before and after" in page
+    for row in rows.values():
+        lower, upper = (show_difference(row[end], row["unit"]) for end in ("lower", "upper"))
+        shown = (row["name"], f"[{lower}, {upper}]", row["margin_text"], row["verdict"])
+        assert all(text in page for text in (*shown, html.escape(row["reason"])))
     assert "Worst-changed items" in page
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from holdfast import model as models
 from holdfast.checkpoint import Checkpoint, Dtype, load_checkpoint
 from holdfast.errors import RequestError
+from holdfast.gate.looks import look
 from holdfast.gate.verdict import Gate, GateResult
 from holdfast.measure import (
     Measure,
@@ -174,6 +175,7 @@ def compare(
     verdict = decided(before, after, gate or Gate(), alike)
     worst = worst_changed(before, after, items)
     more = [*Measure.rise(before, after), *drift, *recovery]
+    summary["looks"] = look(base, tuned, items, before).sentence(verdict.alpha)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     result = Comparison(verdict, before, [*after, *more], summary)
     if out is not None:

@@ -37,6 +37,7 @@ from holdfast.between import (
 from holdfast.checkpoint import Checkpoint, Dtype
 from holdfast.errors import RequestError
 from holdfast.files import write_text
+from holdfast.gate.looks import look
 from holdfast.gate.verdict import Gate, GateResult, Verdict, decide
 from holdfast.measure import require_finite
 from holdfast.meters import Reading
@@ -180,6 +181,9 @@ def rewind(
         return result
     with written(out) as folder:
         kind = way.write(position, folder.path) if position else None
+        if verdict and kind:
+            looks = look(base, str(folder.path / kind), items, sealed)
+            summary["looks"] = looks.sentence(gate.alpha)
         folder.append(sealed)
         folder.write_verdict(summary, verdict.as_dict() if verdict else {})
         frontier = [mark.as_record() for mark in result.marks()]

@@ -20,6 +20,7 @@ from holdfast.artifact import RunFolder, full_disk_named, write_text
 from holdfast.data.example import EncodeReport, Role
 from holdfast.data.mixer import FILE as MIXER
 from holdfast.errors import RequestError
+from holdfast.gate.looks import look
 from holdfast.gate.verdict import GateResult, decide
 from holdfast.levers import wrapped
 from holdfast.levers.forgetting import CHECKS, DOCUMENTS, unwatched
@@ -144,6 +145,9 @@ def train(
         **budgeted,
         "seconds": round(time.perf_counter() - started, 1),
     }
+    if verdict is not None:
+        looks = look(recipe.model.path, str(folder.path), items, before)
+        summary["looks"] = looks.sentence(recipe.gate.alpha)
     worst = worst_changed(before, after, items)
     _write_results(folder, prepared, resolved, verdict, summary, worst)
     return RunResult(folder.path, verdict, time.perf_counter() - started, summary)

@@ -180,16 +180,19 @@ def _write(found: Release, out: Path, markdown: Path | None, junit: Path | None,
     if junit is not None:
         write_text(junit, as_junit(found.verdict, name, seconds))
     if markdown is not None:
-        looks = found.looks.sentence(found.verdict.alpha)
-        write_text(markdown, f"{found.verdict.markdown()}\n{looks}\n")
+        write_text(markdown, f"{found.verdict.markdown()}\n{_looks(found)}\n")
     write_text(out, json.dumps(found.as_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
 def _show(found: Release, console: Console, files: list[Path]) -> None:
     console.print(found.verdict.table())
     for line in (
-        found.looks.sentence(found.verdict.alpha),
+        _looks(found),
         f"items judged: {found.about['items']}",
         f"written: {', '.join(map(str, files))}",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _looks(found: Release) -> str:
+    return f"looks at the sealed items: {found.looks.sentence(found.verdict.alpha)}"

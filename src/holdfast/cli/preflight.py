@@ -12,8 +12,10 @@ from holdfast.artifact import RunFolder
 from holdfast.data.readers import local_path
 from holdfast.data.rows import RowSummary, Source, check_rows
 from holdfast.errors import RequestError
+from holdfast.gate.beforehand import capabilities, require_known
 from holdfast.lineage import locate
-from holdfast.meters.probes import load_items
+from holdfast.meters.canary import OWN_SAMPLES
+from holdfast.meters.probes import Item, load_items
 from holdfast.model import check_folder
 from holdfast.recipe import Recipe
 
@@ -75,6 +77,8 @@ def preflight(recipe: Recipe, *, resume: bool = False) -> Preflight:
     ]
     sources = [attempt(partial(_check, name, source)) for name, group in groups for source in group]
     items = attempt(partial(load_items, recipe.probes))
+    if not problems:
+        attempt(partial(_check_margins, recipe, items, sources))
     if problems:
         raise RequestError(*dict.fromkeys(problems))
     return Preflight(tuple(sources), len(items))
@@ -84,6 +88,19 @@ def _check(field: str, source: Source) -> Checked:
     sampled = local_path(source.path) is None
     rows = check_rows(source, need_response=field == "data", max_rows=HUB_ROWS if sampled else None)
     return Checked(field, source.path, rows, sampled)
+
+
+def _check_margins(recipe: Recipe, items: Sequence[Item], sources: Sequence[Checked]) -> None:
+    """A margin that would guard nothing fails the gate; better said before training."""
+    canary: dict[str, list[str]] = {}
+    for checked in sources:
+        if checked.field == "canary":
+            unnamed = checked.rows.rows > sum(checked.rows.domains.values())
+            names = [*checked.rows.domains, *([Path(checked.path).stem] if unnamed else [])]
+            canary |= {name: [] for name in names}
+            if checked.sampled:  # other rows may have other domains
+                return
+    require_known(recipe.gate, capabilities(items, canary or {OWN_SAMPLES: []}), "gate.margins")
 
 
 def _check_reference(recipe: Recipe) -> None:

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from holdfast.errors import RequestError
 from holdfast.files import cache_folder
+from holdfast.gate.beforehand import content
 from holdfast.lineage import locate
+from holdfast.meters import Reading
+from holdfast.meters.probes import Item
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,36 @@ class Looks:
     def sentence(self, alpha: float) -> str:
         """What the count means for the verdict."""
         if self.problem:
-            return f"looks at the sealed items: not counted ({self.problem})"
+            return f"not counted ({self.problem})"
         if self.most <= 1:
-            return "looks at the sealed items: the first for this base"
+            return "the first for this base"
         again = sorted(name for name, count in self.counts.items() if count == self.most)
         some = ", ".join(again[:3]) + (", ..." if len(again) > 3 else "")
         return (
-            f"looks at the sealed items: model {self.most} of this base that is judged on them "
+            f"model {self.most} of this base that is judged on them "
             f"({some}); if the earlier verdicts led to this model, a false PASS has a chance of up "
             f"to {min(1.0, self.most * alpha):.0%}, not {alpha:.0%}: fresh items mend that"
         )
+
+
+def look(
+    base: str, tuned: str, items: Iterable[Item], before: Iterable[Reading], other: str = ""
+) -> Looks:
+    """Note that `tuned` was judged by the sealed readings of its base, and say how many were.
+
+    Args:
+        base: a model folder, adapter, run folder or hub id, as `tuned`.
+        items: of the probes; more of them do no harm.
+        before: readings of the base.
+        other: what stands for the base's weights where its files are not here.
+    """
+    asked = {(item.probe, item.id): content(item) for item in items}
+    sealed = {
+        f"{r.meter}/{r.name}": [asked.get((r.name, i), i) for i in r.items]
+        for r in before
+        if r.split == "sealed" and r.meter in ("probe", "canary")
+    }
+    return count(weights_id(base) or other or base, weights_id(tuned) or tuned, sealed)
 
 
 def count(
@@ -76,8 +100,14 @@ def count(
 
 
 def weights_id(path: str) -> str:
-    """A hash of the weight files that `path` names, wherever they lie; empty for a hub id."""
-    stage = locate(path)
+    """A hash of the weight files that `path` names, wherever they lie; empty where they are not.
+
+    Of a hub id, and of a folder that is gone, there are none.
+    """
+    try:
+        stage = locate(path)
+    except RequestError:
+        return ""
     folders = [Path(stage.model).expanduser(), *stage.adapters]
     if not folders[0].is_dir():
         return ""

@@ -13,8 +13,8 @@ from typing import Any
 
 from holdfast.artifact import RunFolder
 from holdfast.errors import RequestError
-from holdfast.gate.beforehand import Capability, content, hashes, require_decidable, require_known
-from holdfast.gate.looks import count, weights_id
+from holdfast.gate.beforehand import Capability, hashes, require_known
+from holdfast.gate.looks import look
 from holdfast.gate.margins import Gate
 from holdfast.gate.release import Release
 from holdfast.gate.verdict import decide, is_judged
@@ -43,22 +43,15 @@ def judge_run(run: Path, gate: Gate | None = None) -> Release:
     before, after = _readings(folder)
     read = [Capability(r.meter, r.name, r.unit, r.tags, tuple(r.clusters.values())) for r in before]
     require_known(gate, read)
-    require_decidable(gate, read)
-    asked = {(item.probe, item.id): content(item) for item in load_items(probes)}
-    sealed = {
-        f"{r.meter}/{r.name}": [asked.get((r.name, i), i) for i in r.items]
-        for r in before
-        if r.meter != "adoption"
-    }
-    resolved = recipe["resolved"]
-    ids = resolved["weights_sha256"], weights_id(str(run))
+    resolved, base = recipe["resolved"], recipe["model"]["path"]
     about = {
-        "base": {"path": recipe["model"]["path"], "weights_sha256": resolved["weights_sha256"]},
+        "base": {"path": base, "weights_sha256": resolved["weights_sha256"]},
         "tuned": {"path": str(run)},
         "items": "as the run read them",
         "sha256": record["sha256"],
     }
-    return Release(decide(before, after, gate), count(*ids, sealed), about)
+    looks = look(base, str(run), load_items(probes), before, resolved["weights_sha256"])
+    return Release(decide(before, after, gate), looks, about)
 
 
 def _verdict(folder: RunFolder) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from holdfast.errors import RequestError
 from holdfast.gate.beforehand import (
     Capability,
     capabilities,
-    content,
     hashes,
     require_apart,
     require_decidable,
@@ -32,7 +31,7 @@ from holdfast.gate.beforehand import (
     require_unchanged,
 )
 from holdfast.gate.file import GateFile
-from holdfast.gate.looks import Looks, count, weights_id
+from holdfast.gate.looks import Looks, look
 from holdfast.gate.verdict import GateResult
 from holdfast.measure import require_finite, row_hash
 from holdfast.meters import Reading, half_of
@@ -105,7 +104,6 @@ def release(
     _require_read(read, before, after)
     require_unchanged(files, hashes(paths), "while the models were read")
     verdict = decided(before, after, terms, alike)
-    ids = weights_id(base) or pair.base_sha, weights_id(tuned) or pair.tuned_sha
     about = {
         "base": {"path": base, "weights_sha256": pair.base_sha},
         "tuned": {"path": tuned, "weights_sha256": pair.tuned_sha},
@@ -115,7 +113,7 @@ def release(
         **notes,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    return Release(verdict, count(*ids, _sealed(items, before)), about)
+    return Release(verdict, look(base, tuned, items, before), about)
 
 
 def _judged_items(items: list[Item], terms: GateFile, tuned: str) -> tuple[list[Item], bool]:
@@ -185,14 +183,3 @@ def _require_read(
                     f"{one.meter}: '{one.name}' was to be judged, and nothing was read of it of "
                     f"{which}; give it texts or items in the sealed split"
                 )
-
-
-def _sealed(items: Sequence[Item], before: Sequence[Reading]) -> dict[str, list[str]]:
-    """meter/name -> a hash of what each sealed item asks; a document's id is one already."""
-    found: dict[str, list[str]] = {}
-    for item in items:
-        found.setdefault(f"probe/{item.probe}", []).append(content(item))
-    for reading in before:
-        if reading.meter == "canary":
-            found[f"canary/{reading.name}"] = list(reading.items)
-    return found
