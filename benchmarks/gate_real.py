@@ -102,7 +102,7 @@ def realtext_texts(data: Path) -> tuple[list[Any], list[dict[str, str]]]:
 
 
 @app.command()
-def read(folder: Path, model: str = "", seeds: int = 3, minutes: float = 7.0) -> None:
+def read(folder: Path, model: str = "", seeds: int = 2, minutes: float = 7.0) -> None:
     """Keep each item's value under each condition. --model: realtext4m's folder, else the lab."""
     from holdfast.checkpoint import load_checkpoint
     from holdfast.data.rows import Source
