@@ -320,11 +320,11 @@ def test_items_that_something_was_chosen_by_are_refused_by_id(
 def test_of_a_rewound_model_only_the_sealed_half_is_judged(
     made: Path, here: Path, holdfast: Cli
 ) -> None:
-    rewound = here / "rewound"
-    rewound.mkdir()
-    (rewound / "frontier.json").write_text("[]")
-    (rewound / "model").symlink_to(made / "near")
-    words = ["gate", str(made / "base"), str(rewound / "model"), "--gate"]
+    words = ["rewind", str(made / "base"), str(made / "near"), "--out", "rewound"]
+    words += ["--probes", str(made / "words.jsonl"), "--probes", str(made / "sums.jsonl"),
+              "--margin", "words=20pt", "--margin", "sums=50%"]  # fmt: skip
+    assert holdfast(*words, "--canary", str(made / "prose.jsonl")).code in (0, 3, 4)
+    words = ["gate", str(made / "base"), "rewound/model", "--gate"]
     assert holdfast(*words, gate_file(made)).code == 0
     halved = {row["name"]: row["n"] for row in left()["rows"]}
     assert left()["items"] == "sealed half"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,18 +140,15 @@ def _judged_items(items: list[Item], terms: GateFile, tuned: str) -> tuple[list[
 def chosen_by_halves(tuned: str) -> bool:
     """Whether `tuned` came out of a choice that looked at the selection half of the probes.
 
-    So did a rewound model, and a run that read its probes while training; an adapter, model or
-    checkpoint inside their folder is told as well.
+    So did a rewound model, and a run that read its probes while training: their folder's readings
+    say so, of an adapter, a model or a checkpoint inside it as well.
     """
     folder = Path(tuned).expanduser().absolute()
-    for place in (folder, *folder.parents[:2]):
-        if (place / "frontier.json").is_file():
-            return True
-        if (place / "recipe.yaml").is_file():
-            with suppress(RequestError):  # a recipe that no run has written
-                train = RunFolder(place).read_recipe().get("train") or {}
-                return bool(train.get("measure_probes"))
-    return False
+    return any(
+        record.get("meter") == "probe" and record.get("split") == "selection"
+        for place in (folder, *folder.parents[:2])
+        for record in RunFolder(place).records()
+    )
 
 
 def sealed_clusters(canary: Canary) -> dict[str, list[str]]:
