@@ -198,7 +198,9 @@ def judge(folder: Path, runs: int = 1000, items: int = 150, documents: int = 100
         ("another batch size, float32", [n for n in bases if "float32" in n]),
         ("float32 before, bfloat16 after", None),
     ):
-        failed, fallen, rows, changed_items = 0, 0, 0, []
+        failed, fallen, rows = 0, 0, 0
+        changed_items: list[float] = []
+        risen: list[float] = []
         for _ in range(runs):
             if some is not None:
                 one, other = rng.choice(some, 2, replace=False)
@@ -209,15 +211,17 @@ def judge(folder: Path, runs: int = 1000, items: int = 150, documents: int = 100
             before, after = readings(bases[one], drawn), readings(bases[other], drawn)
             result = decide(before, after, Gate(alpha=ALPHA))
             failed += str(result.verdict) == "FAIL"
-            for row in result.rows:
-                rows += 1
-                fallen += row.upper < 0 if row.unit == "accuracy" else row.lower > 0
+            scores = [row for row in result.rows if row.unit == "accuracy"]
+            rows += len(scores)
+            fallen += sum(row.upper < 0 for row in scores)
+            risen += [row.difference / row.before for row in result.rows if row not in scores]
             changed_items.append(np.mean([
                 x.items[i] != y.items[i] for x, y in zip(before, after, strict=True)
                 if x.unit == "accuracy" for i in x.items]))  # fmt: skip
-        print(f"  {said}: {np.mean(changed_items):.2%} of the answers differ")
+        print(f"  {said}: {np.mean(changed_items):.2%} of the answers differ, losses by "
+              f"{np.mean(risen):+.4%} (at most {max(map(abs, risen)):.4%})")  # fmt: skip
         print(f"    gate says FAIL: {against(failed, runs, ALPHA)}")
-        print(f"    a fall of any size is shown, of all rows: {against(fallen, rows, ALPHA)}")
+        print(f"    a fall of any size is shown, rows of scores: {against(fallen, rows, ALPHA)}")
     found_of_damage(kept, pool, rng, items, documents)
     real_power(kept, pool, rng)
 
@@ -260,11 +264,12 @@ def real_power(kept: dict[str, Values], pool: Values, rng: np.random.Generator, 
     order = [(key, i) for key, ids in pool.items() if key.startswith("accuracy") for i in ids]
     before = np.array([pool[key][i] for key, i in order])
     print(f"a fall is shown, {draws} draws a condition, of {len(order):,} items of all probes:")
+    sizes = [n for n in (200, 500, 1500) if n <= len(order)]
     curves = []
     for name, values in damaged(kept).items():
         after = np.array([values[key][i] for key, i in order])
         line = [100 * (before.mean() - after.mean()), 100 * np.mean(before != after)]
-        for n in (200, 500, 1500):
+        for n in sizes:
             for paired in (True, False):
                 hits = 0
                 for _ in range(draws):
@@ -273,9 +278,9 @@ def real_power(kept: dict[str, Values], pool: Values, rng: np.random.Generator, 
                     hits += shown(before[one], after[two], paired)
                 line.append(hits / draws)
         curves.append((line, name))
-    print("  fall    churn   200 paired unpaired   500 paired unpaired  1500 paired unpaired")
+    print("  fall   changed " + "".join(f"{n:>5} paired {'unpaired':>9}" for n in sizes))
     for line, name in sorted(curves):
-        cells = "".join(f"{share:11.0%}" for share in line[2:])
+        cells = "".join(f"{share:>11.0%}" for share in line[2:])
         print(f"  {line[0]:5.2f}pt {line[1]:5.1f}% {cells}   {name}")
 
 

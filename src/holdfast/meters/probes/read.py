@@ -72,7 +72,7 @@ def read_probes(
 
 
 def allow_code(items: Sequence[Item], asked_for: bool) -> None:
-    """Raises RequestError where there is code to run that nobody asked for, or no sandbox for it."""
+    """Raises RequestError where there is code to run that nobody asked for, or no sandbox."""
     code = next((item for item in items if item.kind == "code"), None)
     if code is None:
         return
