@@ -301,7 +301,7 @@ def test_the_command_shows_the_frontier(made: Path, tmp_path: Path, holdfast: Cl
     assert sum(mark["chosen"] for mark in record["frontier"]) == 1
     for words, said in (
         (["--margin", "canary"], "is not NAME=AMOUNT"),
-        (["--margin", "canary=-1%"], "is not a margin"),
+        (["--margin", "canary=-1%"], "has the wrong sign"),
         (["--path", "scale"], "--path: 'scale' is none"),
         (["--rule", "sure"], "--rule: 'sure' is none"),
     ):
