@@ -1,7 +1,7 @@
 """Each lever alone and the default stack on the lab: what is learned, what is left, what it costs.
 
     python benchmarks/levers.py --cells FILE.jsonl                     # every cell that is missing
-    python benchmarks/levers.py --cells FILE.jsonl --only ewc --at-most 2
+    python benchmarks/levers.py --cells FILE.jsonl --only ewc --rate 2  # untuned
     python benchmarks/levers.py --cells FILE.jsonl --table             # what is there so far
 
 Every arm starts from the same base and reads as many lesson tokens in as many steps: 256 a step,
@@ -44,8 +44,8 @@ from holdfast.lab import base_path, write_files
 from holdfast.recipe import Recipe
 from holdfast.run import train
 
-LESSON_TOKENS, EVERY = 256, 22
-LAST = 6 * EVERY
+LESSON_TOKENS, EVERY = 256, 33
+LAST = 4 * EVERY
 """The last reading on the way; one step more ends the run, at a learning rate of almost zero."""
 STEPS = LAST + 1
 CHEAP = [
@@ -91,7 +91,7 @@ RATES = (1.0, 2.0, 4.0)
 """Times the automatic rate of the arm's mode: 2.5e-4 in full, 2.5e-3 for LoRA."""
 HIGHEST = 16.0
 """Where an arm that learns too little is given up."""
-TUNED_ON, SEEDS = 0, 3
+TUNED_ON = 0
 EQUAL = 1.0
 """Nats a token on held-out lesson rows; 10.3 before."""
 SCALES = [i / 16 for i in range(2, 17)]
@@ -101,17 +101,21 @@ Cell = dict[str, Any]
 
 def main(
     cells: Annotated[Path, typer.Option(help="JSON lines, one a cell; continued if it is there.")],
-    only: Annotated[str | None, typer.Option(help="Arms whose name contains this.")] = None,
+    only: Annotated[str | None, typer.Option(help="This arm alone.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Do not tune: take this rate.")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds 1 to this.")] = 3,
     at_most: Annotated[int, typer.Option(help="Cells to run before stopping.")] = 10_000,
     table: Annotated[bool, typer.Option(help="Print what is there, run nothing.")] = False,
     threads: int = 1,
 ) -> None:
     """Fill the cells that are missing, then print the table."""
+    if only not in (None, *ARMS):
+        raise typer.BadParameter(f"'{only}' is none of: {', '.join(ARMS)}")
     torch.set_num_threads(threads)
     done = read_cells(cells)
     for arm in ARMS if not table else ():
-        while at_most > 0 and (only is None or only in arm):
-            cell = next(_missing(arm, done), None)
+        while at_most > 0 and only in (None, arm):
+            cell = next(_missing(arm, done, rate, seeds), None)
             if cell is None:
                 break
             at_most -= 1
@@ -130,22 +134,18 @@ def read_cells(path: Path) -> list[Cell]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _missing(arm: str, done: list[Cell]) -> Iterator[Cell]:
+def _missing(arm: str, done: list[Cell], rate: float | None, seeds: int) -> Iterator[Cell]:
     """What an arm still needs, in the order it must run: tuning, then the seeds."""
-    seeds = {cell["seed"] for cell in done if cell["arm"] == arm and not cell["tuning"]}
-    rate = chosen_rate(NAIVE_ARM if arm == TENTH else arm, done)
-    if isinstance(rate, str):
+    ran = {cell["seed"] for cell in done if cell["arm"] == arm and not cell["tuning"]}
+    chosen = rate or chosen_rate(NAIVE_ARM if arm == TENTH else arm, done)
+    if isinstance(chosen, str):
         if arm != TENTH:
-            yield {"arm": arm, "tuning": True, "rate": float(rate), "seed": TUNED_ON}
+            yield {"arm": arm, "tuning": True, "rate": float(chosen), "seed": TUNED_ON}
         return
-    for seed in range(1, SEEDS + 1):
-        if seed not in seeds:
-            yield {
-                "arm": arm,
-                "tuning": False,
-                "rate": rate / 10 if arm == TENTH else rate,
-                "seed": seed,
-            }
+    times = chosen / 10 if arm == TENTH else chosen
+    for seed in range(1, seeds + 1):
+        if seed not in ran:
+            yield {"arm": arm, "tuning": False, "rate": times, "seed": seed}
 
 
 def chosen_rate(arm: str, done: list[Cell]) -> float | str:
@@ -170,7 +170,7 @@ def _run(cell: Cell) -> list[Cell]:
         files = write_files(Path(scratch) / "data", seed=cell["seed"])
         _thin(files["probes"])
         words = [*CHEAP, *(word.format(replay=files["replay"]) for word in ARMS[cell["arm"]])]
-        words.append("canary.max_documents=12")
+        words.append("canary.max_documents=8")
         if cell["tuning"]:
             words.append(f"train.measure_every={LAST}")
         recipe = lab_recipe(files, Path(scratch) / "run", words, seed=cell["seed"])
@@ -323,6 +323,7 @@ def _table(done: list[Cell]) -> Table:
     for arm in (*ARMS, REWIND):
         runs = [cell for cell in done if cell["arm"] == arm and not cell["tuning"]]
         equal = _shown(runs, at_equal_loss, "+.1%")
+        tuned = chosen_rate(NAIVE_ARM if arm in (TENTH, REWIND) else arm, done)
         if not runs:
             table.add_row(arm, "", "0")
         elif arm == REWIND:
@@ -330,7 +331,7 @@ def _table(done: list[Cell]) -> Table:
         else:
             table.add_row(
                 arm,
-                f"{runs[0]['learning_rate']:.2g}",
+                f"{runs[0]['learning_rate']:.2g}{', not tuned' if isinstance(tuned, str) else ''}",
                 str(len(runs)),
                 _shown(runs, lambda c: c["heldout"], ".3f"),
                 _shown(runs, lambda c: c["target"], ".1%"),

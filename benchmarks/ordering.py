@@ -3,8 +3,8 @@
     python benchmarks/ordering.py --cells benchmarks/results/2026-11-25-levers.jsonl
 
 Predicted: `holdfast theory`'s random pairs of tasks with that command's own defaults, which stood
-before the lab was asked, at the share of the lesson that `EQUAL` nats leave; the order is that of
-the mean place. Measured: the rise of the canary at that loss (`benchmarks/levers.py`), mean over
+before the lab was asked, at the share of the lesson that is learned at that loss; the order is that
+of the mean place. Measured: the rise of the canary at that loss (`benchmarks/levers.py`), mean over
 the seeds. Kendall's tau-b allows for ties; p is two-sided, of no association; the interval is of
 2,000 resamplings of each arm's seeds, so it knows the seeds' noise and not that the levers are few.
 
@@ -42,16 +42,16 @@ RESAMPLED = 2000
 
 def main(
     cells: Annotated[Path, typer.Option(help="What benchmarks/levers.py wrote.")],
-    before: Annotated[float, typer.Option(help="Held-out lesson loss of the base.")] = 10.3,
+    loss: Annotated[float, typer.Option(help="Held-out lesson loss to compare at.")] = EQUAL,
 ) -> None:
     """Print both orders and how far they agree."""
-    learnt = 1 - EQUAL / before
+    done = [cell for cell in read_cells(cells) if not cell["tuning"]]
+    learnt = 1 - loss / mean(cell["path"][0][1] for cell in done if cell["arm"] == NAIVE_ARM)
     table = theory_tables(learnt, DRAWS)["draws"]["levers"]
     predicted = {row["lever"]: row for row in table}
-    done = [cell for cell in read_cells(cells) if not cell.get("tuning")]
     rises: dict[str, list[float]] = {}
     for lever, arm in ARM_OF.items():
-        found = [at_equal_loss(cell) for cell in done if cell["arm"] == arm]
+        found = [at_equal_loss(cell, loss) for cell in done if cell["arm"] == arm]
         rises[lever] = [rise for rise in found if rise is not None]
     missing = [lever for lever, found in rises.items() if not found]
     levers = [lever for lever in predicted if lever not in missing]
@@ -80,12 +80,14 @@ def main(
         for _ in range(RESAMPLED)
     ]
     low, high = np.quantile(again, (0.025, 0.975))
+    several = any(len(found) > 1 for found in rises.values())
+    interval = f"[{low:+.2f}, {high:+.2f}] over the seeds" if several else "(one seed, no interval)"
     print(
-        f"Kendall's tau-b {tau:+.2f} [{low:+.2f}, {high:+.2f}] over the seeds, p = {p:.2f} "
-        f"for no association, {len(levers)} levers"
+        f"Kendall's tau-b {tau:+.2f} {interval}, p = {p:.2f} for no association, "
+        f"{len(levers)} levers"
     )
     if missing:
-        print(f"never at {EQUAL:g} nats, or not run: {', '.join(missing)}")
+        print(f"never at {loss:g} nats, or not run: {', '.join(missing)}")
 
 
 if __name__ == "__main__":
