@@ -38,6 +38,7 @@ def command(folder: Path, files: dict[str, Path], *extra: str) -> list[str]:
         "train.batch_tokens=512",
         "train.save_every=3",
         "train.measure_every=4",
+        "alarms.every=4",
         "levers.kl_anchor.self_generated.rows=32",
         *extra,
     ]

@@ -70,6 +70,7 @@ def recipe_of(inputs: Path, out: Path, **changes: Any) -> Recipe:
         },
         "canary": {"sources": [str(inputs / "prose.jsonl"), str(inputs / "code.jsonl")]},
         "probes": [str(inputs / "probes.jsonl")],
+        "alarms": {"every": 1},
     }
     return load_recipe(**fields | changes)
 
@@ -99,7 +100,7 @@ def readings(folder: Path) -> dict[tuple[Any, ...], float]:
 
 def verdict(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "verdict.json").read_text())
-    del found["summary"]["seconds"]
+    del found["summary"]["seconds"], found["summary"]["seconds_checking"]
     del found["sha256"]["readings.jsonl"]  # they have seconds in them, too
     return found
 
@@ -216,6 +217,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     assert weights(out) == weights(whole)
     assert readings(out) == readings(whole)
     assert verdict(out) == verdict(whole)
+    assert (out / "alarms.jsonl").read_bytes() == (whole / "alarms.jsonl").read_bytes()
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 

@@ -4,6 +4,7 @@ recipe.yaml      as resolved, with hashes of model, tokenizer, template and data
 mixer.yaml       where one is replayed: the frozen mix; a copy lies beside the artifact
 data/            tokenized rows and generated text
 readings.jsonl   one line a reading: step, meter, name, split, value, stderr, n
+alarms.jsonl     one line a check while training: what is held against each guardrail, alarms
 items.jsonl      one line an item: its value before and after, and what was answered
 checkpoints/     adapters or weights, with optimizer state for resume
 base/            where an adapter was trained on a stage merged in memory: what it fits
@@ -43,6 +44,7 @@ class RunFolder:
         self.path = path
         self.recipe = path / "recipe.yaml"
         self.readings = path / "readings.jsonl"
+        self.alarms = path / "alarms.jsonl"
         self.before = path / "data" / "before.json"
         self.checkpoints = path / "checkpoints"
         self.data = path / "data"
@@ -89,28 +91,26 @@ class RunFolder:
 
     def append(self, readings: Iterable[Reading]) -> None:
         """Add lines to readings.jsonl; on disk when this returns."""
-        lines = "".join(json.dumps(r.as_record()) + "\n" for r in readings)
-        with full_disk_named(self.readings), self.readings.open("a", encoding="utf-8") as file:
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.readings, [r.as_record() for r in readings])
+
+    def append_alarms(self, line: dict[str, Any]) -> None:
+        """Add what a check came to; on disk when this returns."""
+        _append(self.alarms, [line])
 
     def records(self) -> list[dict[str, Any]]:
         """All lines of readings.jsonl; a torn last line (power loss) is left out."""
-        if not self.readings.is_file():
-            return []
-        records = []
-        for line in self.readings.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        return records
+        return _lines(self.readings)
+
+    def alarm_lines(self, step: int | None = None) -> list[dict[str, Any]]:
+        """The lines of alarms.jsonl, up to `step` where one is given."""
+        return [one for one in _lines(self.alarms) if step is None or one["step"] <= step]
 
     def rewind_readings(self, step: int) -> None:
-        """Drop readings after `step`, so that a resumed run writes each exactly once."""
+        """Drop readings and alarms after `step`, so that a resumed run writes each exactly once."""
         kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
         write_text(self.readings, "".join(kept))
+        if self.alarms.is_file():
+            write_text(self.alarms, "".join(json.dumps(x) + "\n" for x in self.alarm_lines(step)))
 
     def merge(self, readings: Iterable[Reading]) -> None:
         """Write readings in place of any earlier ones of the same step, meter, name and split."""
@@ -128,7 +128,7 @@ class RunFolder:
                 raise
             for part in (self.data, self.checkpoints, self.path / "base"):
                 shutil.rmtree(part, ignore_errors=True)
-            for file in (self.recipe, self.readings):
+            for file in (self.recipe, self.readings, self.alarms):
                 file.unlink(missing_ok=True)
             with suppress(OSError):  # something else lies in it
                 self.path.rmdir()
@@ -199,6 +199,27 @@ class RunFolder:
                 os.replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _append(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    with full_disk_named(path), path.open("a", encoding="utf-8") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON lines; none where there is no such file."""
+    records: list[dict[str, Any]] = []
+    if not path.is_file():
+        return records
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:

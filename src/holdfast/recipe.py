@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from holdfast.alarms.rules import Alarms
 from holdfast.data.quality.finding import Quality
 from holdfast.data.row_checks import shown
 from holdfast.data.rows import Source
@@ -174,6 +175,8 @@ class Recipe(Section):
     """JSONL files of probe items, measured before and after."""
     gate: Gate = Gate()
     """How much may be forgotten."""
+    alarms: Alarms = Alarms()
+    """What is watched while training goes on. `none` turns it off."""
     quality: Quality = Quality()
     """From when on `holdfast check-data` warns; training reads none of it."""
 

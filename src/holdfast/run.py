@@ -21,7 +21,7 @@ from holdfast.data.example import EncodeReport, Role
 from holdfast.data.mixer import FILE as MIXER
 from holdfast.errors import RequestError
 from holdfast.gate.looks import look
-from holdfast.gate.verdict import GateResult, decide
+from holdfast.gate.verdict import GateResult, decide, halted
 from holdfast.levers import wrapped
 from holdfast.levers.forgetting import CHECKS, DOCUMENTS, unwatched
 from holdfast.lineage import locate
@@ -55,6 +55,13 @@ class RunResult:
     seconds: float
     summary: dict[str, Any]
     """Steps, refused steps, displacement, seconds."""
+    stopped_by_alarm: bool = False
+    """Then the verdict, where there is one, is FAIL."""
+
+    @property
+    def exit_code(self) -> int:
+        """The verdict's; without a gate 0, or 3 where an alarm ended the run."""
+        return self.verdict.exit_code if self.verdict else 3 if self.stopped_by_alarm else 0
 
 
 Watch = Callable[[Sequence[Reading], Sequence[Reading], float], None]
@@ -74,6 +81,8 @@ def train(
     Raises:
         RequestError: the recipe, its data, its model or the run folder cannot be used.
     """
+    from holdfast.patrol import patrol
+
     console = console or Console(quiet=True)
     recipe = settled(recipe.with_mixer())
     started = time.perf_counter()
@@ -120,6 +129,7 @@ def train(
         trainer = _trainer(prepared, folder, measure, before, console, watch)
     _keep_mixer(recipe, folder.path)
     checkpoint = _resume_point(folder)
+    watch = patrol(prepared, trainer, measure, before, folder, console, checkpoint)
     with full_disk_named(folder.checkpoints):
         trainer.train(resume_from_checkpoint=checkpoint)
     step = trainer.state.global_step
@@ -137,11 +147,15 @@ def train(
     folder.merge([*after, *once, *displacement.readings(step), *ranks, *walk])
     folder.write_items(before, after)
     verdict = decide(before, after, recipe.gate) if recipe.gate.enabled else None
+    stopped_by = watch.stopped_by if watch else {}
+    if verdict and stopped_by:
+        verdict = halted(verdict, stopped_by)
     summary = {
         "steps": step,
         "refused_steps": trainer.refused,
         "relative_displacement": displacement.relative,
-        "stopped": trainer.stopped,
+        "stopped": trainer.stopped or "; ".join(stopped_by.values()) or None,
+        **(watch.summary() if watch else {}),
         **budgeted,
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -150,7 +164,8 @@ def train(
         summary["looks"] = looks.sentence(recipe.gate.alpha)
     worst = worst_changed(before, after, items)
     _write_results(folder, prepared, resolved, verdict, summary, worst)
-    return RunResult(folder.path, verdict, time.perf_counter() - started, summary)
+    seconds = time.perf_counter() - started
+    return RunResult(folder.path, verdict, seconds, summary, bool(stopped_by))
 
 
 def _refuse_early(recipe: Recipe) -> None:

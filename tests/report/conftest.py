@@ -68,6 +68,10 @@ def made_up_readings(rng, steps=400, every=50):
         for name, level, rise in (("web", 2.8, 0.6), ("code", 1.1, -0.2), ("papers", 2.4, 0.8)):
             value = level * (1 + rise / 100 * step / steps + rng.normal(0, 4e-4))
             add("canary", name, step, value, 0.0012 * level, "selection")
+        if step:
+            rise = 1.4 * step / steps
+            add("fall", "canary/web", step, 0.02 * rise, 0.003, "selection")
+            add("evidence", "canary/web", step, rise, None, "selection", "alarms")
         for name, level in (("mmlu", 0.62), ("gsm8k", 0.55), ("invoice_dates", 0.41)):
             gain = 0.4 * (1 - math.exp(-step / 90)) if name == "invoice_dates" else -0.02
             value = level + gain * min(1, step / 100)
@@ -75,6 +79,8 @@ def made_up_readings(rng, steps=400, every=50):
     for layer in range(14):
         add("drift", f"layers.{layer}", steps, 0.004 + 0.0012 * layer % 0.009, unit="relative")
     add("drift", "total", steps, 0.0087, unit="relative")
+    add("alarm", "canary/web", 300, 1.0, None, "selection", "")
+    add("alarm", "wiring/<b>base</b>", 50, 1.0, None, "selection", "")
     return records
 
 
@@ -108,6 +114,9 @@ def made_up_run(*, bad=True, title="invoice-assistant-3b"):
             "steps": 400,
             "tokens": 6_000_000,
             "rewound_to": 0.85,
+            "alarms": [
+                {"step": 300, "name": "canary/web", "text": "canary/web has risen by too much"}
+            ],
             "refused_steps": [{"step": 84, "reason": "gradient not finite"}, 212],
         },
     )

@@ -103,8 +103,20 @@ def test_its_figures_are_the_places_and_the_specs(page, run):
     specs = json.loads(page.scripts[0])
     places = [a["data-figure"] for tag, a in page.tags if tag == "div" and "data-figure" in a]
     assert places == list(specs) == [figure.key for figure in all_figures(run)]
-    assert places == ["changes", "accuracies", "loss", "canary", "probes", "drift", "optimizer",
-                      "tokens"]  # fmt: skip
+    assert places == ["changes", "accuracies", "loss", "canary", "probes", "fall-nats",
+                      "evidence-alarms", "drift", "optimizer", "tokens"]  # fmt: skip
+
+
+def test_alarms_stand_on_the_trajectories_and_in_words(page, run):
+    figures = {figure.key: figure for figure in all_figures(run)}
+    (web,) = figures["canary"].spec["layout"]["annotations"][1:]
+    assert (web["x"], web["text"]) == (300, "alarm: web")
+    assert 300 in [shape.get("x0") for shape in figures["canary"].spec["layout"]["shapes"]]
+    assert "alarm" not in json.dumps(figures["probes"].spec["layout"])
+    (limit, early, late) = figures["evidence-alarms"].spec["layout"]["annotations"]
+    assert (limit["y"], early["x"], late["x"]) == (1.0, 50, 300)
+    assert early["text"] == "alarm: wiring/&lt;b&gt;base&lt;/b&gt;"
+    assert "canary/web has risen by too much" in page.text
 
 
 def test_a_small_page_without_readings_still_says_what_is_missing():

@@ -105,7 +105,7 @@ def train(
     preflight(recipe, resume=resume)
     result = _run(recipe, resume, _console(as_json))
     _show_result(result, as_json)
-    raise typer.Exit(result.verdict.exit_code if result.verdict else 0)
+    raise typer.Exit(result.exit_code)
 
 
 @app.command()

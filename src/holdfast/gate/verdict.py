@@ -11,7 +11,7 @@ a FAIL, with its reason, never a row left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from holdfast.meters import Reading
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Gate", "GateResult", "Margin", "Row", "Verdict", "decide"]
+__all__ = ["Gate", "GateResult", "Margin", "Row", "Verdict", "decide", "halted"]
 
 _JUDGED_METERS = {"canary", "probe", "adoption"}
 _KINDS = ("adoption", "target", "canary", "control", "rare", "guardrail")
@@ -128,6 +128,13 @@ def decide(before: Sequence[Reading], after: Sequence[Reading], gate: Gate) -> G
 def is_judged(meter: str, tags: Iterable[str]) -> bool:
     """Whether readings of a meter, with such tags, are part of a verdict."""
     return meter in _JUDGED_METERS or not _JUDGED_TAGS.isdisjoint(tags)
+
+
+def halted(result: GateResult, why: Mapping[str, str]) -> GateResult:
+    """The same, failed by the alarms that ended the run: name -> text."""
+    ended = (Row(name, "alarm", "guardrail", True, Verdict.FAIL, why[name]) for name in why)
+    rows = (*ended, *result.rows)
+    return replace(result, verdict=Verdict.FAIL, reason=_sentence(Verdict.FAIL, rows), rows=rows)
 
 
 def _by_key(readings: Iterable[Reading]) -> dict[tuple[str, str], list[Reading]]:

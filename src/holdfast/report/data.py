@@ -28,8 +28,8 @@ class ReportData:
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions, hardware, hashes; may be nested."""
     summary: dict[str, Any] = field(default_factory=dict)
-    """`seconds` (wall time) and `refused_steps` (numbers, or mappings with `step` and `reason`)
-    have a place of their own; the rest is listed."""
+    """`seconds` (wall time), `refused_steps` (numbers, or mappings with `step` and `reason`) and
+    `alarms` (mappings with `step` and `text`) have a place of their own; the rest is listed."""
     worst: Sequence[Changed] = ()
     """Items that got worse, with both answers."""
     about: str = ""

@@ -20,9 +20,9 @@ __all__ = ["ReportData", "write_report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MARK = {"PASS": "✓", "FAIL": "✗", "INCONCLUSIVE": "?", "NONE": "·"}
-_OWN_PLACE = ("seconds", "refused_steps")
+_OWN_PLACE = ("seconds", "refused_steps", "alarms")
 """Entries of the summary that are not in its list."""
-_NOT_LISTED = ("loss", "grad_norm", "learning_rate", "refused_steps")
+_NOT_LISTED = ("loss", "grad_norm", "learning_rate", "refused_steps", "alarm")
 """Meters of training itself: drawn, not listed."""
 
 
@@ -60,6 +60,7 @@ def render_page(data: ReportData) -> str:
         specs=Markup(_inside_script(specs)),
         plotlyjs=Markup(get_plotlyjs()) if figures else "",
         refused=data.refused_steps(),
+        alarms=data.summary.get("alarms") or [],
         recipe=yaml.safe_dump(plain(data.recipe), sort_keys=False, allow_unicode=True, width=88),
         streams=_streams(data),
         environment=flat(data.environment),

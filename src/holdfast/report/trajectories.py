@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from holdfast.report.data import ReportData
@@ -25,8 +26,8 @@ Z = 1.96
 """Standard errors to either end of a 95 % interval."""
 MOST = len(PALETTE)
 """Curves of one figure; of more, those that moved furthest are drawn."""
-ELSEWHERE = ("loss", "grad_norm", "learning_rate", "refused_steps")
-"""Meters of training itself, which have figures of their own or none."""
+ELSEWHERE = ("loss", "grad_norm", "learning_rate", "refused_steps", "alarm")
+"""Meters of training itself, which have figures of their own or none; alarms are lines in them."""
 BY_PART = (
     "drift",
     "drift_block",
@@ -70,6 +71,7 @@ def canaries(data: ReportData) -> Figure | None:
     if len(margins) == 1 and (text := margins.pop()).endswith("%"):
         layout["shapes"] = [line_at("y", float(text[:-1]))]
         layout["annotations"] = [note_at("y", float(text[:-1]), f"margin {text}")]
+    _mark_alarms(data, "canary/", layout)
     caption = (
         "Loss on held-out text of the base's kind, against its first reading; "
         f"{split} split. {INTERVALS}"
@@ -85,6 +87,7 @@ def probes(data: ReportData) -> Figure | None:
         for name, points in _moving(data, "probe", split, "accuracy").items()
     }
     layout = two_panels(False, "accuracy, %", "")
+    _mark_alarms(data, "probe/", layout)
     caption = f"Accuracy by probe; {split} split. {INTERVALS}"
     return _figure("probes", "Probes during training", caption, series, layout)
 
@@ -99,7 +102,25 @@ def other(data: ReportData, meter: str, unit: str) -> Figure | None:
     left = f" The {MOST} of {len(series)} that moved furthest." * (len(shown) < len(series))
     title = f"{meter.replace('_', ' ').capitalize()} over steps"
     key = "-".join(filter(None, (meter, *unit.split())))
-    return _figure(key, title, f"{INTERVALS}{left}", shown, two_panels(False, unit or meter, ""))
+    layout, about = two_panels(False, unit or meter, ""), INTERVALS
+    if meter == "evidence":
+        about = "What is held against each guardrail, as a share of what raises an alarm."
+        layout["shapes"] = [line_at("y", 1.0)]
+        layout["annotations"] = [note_at("y", 1.0, "alarm")]
+        _mark_alarms(data, "", layout)
+    return _figure(key, title, f"{about}{left}", shown, layout)
+
+
+def _mark_alarms(data: ReportData, prefix: str, layout: dict[str, Any]) -> None:
+    """A line at each step at which one was raised, of names that begin so, with the names."""
+    names: dict[int, list[str]] = {}
+    for reading in of_meter(data, "alarm"):
+        if (name := str(reading["name"])).startswith(prefix):
+            names.setdefault(int(reading["step"]), []).append(name.removeprefix(prefix))
+    for step, raised in sorted(names.items()):
+        layout.setdefault("shapes", []).append(line_at("x", step))
+        note = note_at("x", step, escape(f"alarm: {', '.join(raised)}"))
+        layout.setdefault("annotations", []).append(note)
 
 
 def _split(data: ReportData, meter: str) -> str:
