@@ -129,7 +129,7 @@ def train(
         trainer = _trainer(prepared, folder, measure, before, console, watch)
     _keep_mixer(recipe, folder.path)
     checkpoint = _resume_point(folder)
-    watch = patrol(prepared, trainer, measure, before, folder, console, checkpoint)
+    patrolled = patrol(prepared, trainer, measure, before, folder, console, checkpoint)
     with full_disk_named(folder.checkpoints):
         trainer.train(resume_from_checkpoint=checkpoint)
     step = trainer.state.global_step
@@ -147,7 +147,7 @@ def train(
     folder.merge([*after, *once, *displacement.readings(step), *ranks, *walk])
     folder.write_items(before, after)
     verdict = decide(before, after, recipe.gate) if recipe.gate.enabled else None
-    stopped_by = watch.stopped_by if watch else {}
+    stopped_by = patrolled.stopped_by if patrolled else {}
     if verdict and stopped_by:
         verdict = halted(verdict, stopped_by)
     summary = {
@@ -155,7 +155,7 @@ def train(
         "refused_steps": trainer.refused,
         "relative_displacement": displacement.relative,
         "stopped": trainer.stopped or "; ".join(stopped_by.values()) or None,
-        **(watch.summary() if watch else {}),
+        **(patrolled.summary() if patrolled else {}),
         **budgeted,
         "seconds": round(time.perf_counter() - started, 1),
     }
