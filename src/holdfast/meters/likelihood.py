@@ -97,7 +97,7 @@ def likelihoods(
                 for number, question in enumerate(questions)
                 for chosen, part in _parts(question, longest)
             ]
-            answers = _answers(model, [part for *_, part in parts], batch_tokens, longest > 0)
+            answers = _answers(model, [part for *_, part in parts], batch_tokens, longest)
             for (number, chosen, _), answer in zip(parts, answers, strict=True):
                 found[number].update(zip(chosen, answer, strict=True))
     finally:
@@ -119,8 +119,9 @@ def _parts(question: Question, longest: int) -> list[tuple[list[int], Question]]
 
 
 def _answers(
-    model: Any, questions: Sequence[Question], batch_tokens: int, share: bool
+    model: Any, questions: Sequence[Question], batch_tokens: int, longest: int
 ) -> list[list[Likelihood]]:
+    """Of each question's continuations; texts share what they begin with unless `longest` is 0."""
     import torch
 
     from holdfast.slots import read
@@ -129,7 +130,7 @@ def _answers(
     found: list[list[Likelihood]] = [[] for _ in questions]
     cost = CPU_PASS_TOKENS if lm.device.type == "cpu" else PASS_TOKENS
     contexts = [question.context for question in questions]
-    for numbers, length in groups(contexts, cost) if share else _ungrouped(contexts):
+    for numbers, length in groups(contexts, cost) if longest else _ungrouped(contexts):
         prefix: Past = []
         if length:
             ids = torch.tensor([contexts[numbers[0]][:length]], device=lm.device)
@@ -137,7 +138,7 @@ def _answers(
         widths = [questions[number].width - length for number in numbers]
         for batch in token_batches(widths, batch_tokens, _most_rows(prefix, max(widths))):
             rows = [_Row.of(questions[numbers[i]], length) for i in batch]
-            hidden_UH, wanted = _read(model, rows, prefix, length)
+            hidden_UH, wanted = _read(model, rows, prefix, length, longest)
             for i, row_answers in zip(batch, _score(model, hidden_UH, wanted, rows), strict=True):
                 found[numbers[i]] = row_answers
     return found
@@ -229,7 +230,7 @@ class _Row:
 
 
 def _read(
-    model: Any, rows: Sequence[_Row], prefix: Past, length: int
+    model: Any, rows: Sequence[_Row], prefix: Past, length: int, longest: int
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """Hidden states (U, H) where a token is predicted, and (which of U, token) for each token."""
     import torch
@@ -245,7 +246,12 @@ def _read(
     ids_BW = padded([row.ids for row in rows], 0)
     positions_BW = padded([row.positions for row in rows], length)
     branch_BW = padded([row.branch for row in rows], 0)
-    mask = _mask(branch_BW, length, lm.dtype) if int(branch_BW.max()) else None
+    mask = None
+    if int(branch_BW.max()):
+        mask = _mask(branch_BW, length, lm.dtype)
+    elif prefix and length + width <= longest:
+        # transformers' own has a copy for each row, which a CPU reads at a third more time
+        mask = _mask(branch_BW[:1], length, lm.dtype)
     if mask is None and not prefix:
         hidden_BWH = models.hidden_states(model, ids_BW, positions_BW)
     else:
@@ -268,7 +274,7 @@ def _read(
 
 
 def _mask(branch_BW: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """(B, 1, W, P + W): 0 where a token is seen, the least number where it is not."""
+    """(B, 1, W, P + W), of one row for all of them: 0 where a token is seen, the least number where it is not."""
     import torch
 
     width = branch_BW.shape[1]
@@ -349,9 +355,9 @@ def _longest_shared(model: Any) -> int:
     try:
         prefix = read(lm, torch.tensor([tokens[:3]], device=lm.device), [])
         rows = [_Row.of(question, 3) for question in questions]
-        found = list(_score(model, *_read(model, rows, prefix, 3), rows))
+        found = list(_score(model, *_read(model, rows, prefix, 3, 0), rows))
         apart = [(i, *part) for i, question in enumerate(questions) for part in _parts(question, 0)]
-        expected = _answers(model, [part for *_, part in apart], BATCH_TOKENS, False)
+        expected = _answers(model, [part for *_, part in apart], BATCH_TOKENS, 0)
     except RequestError:
         raise
     except Exception:  # whatever an architecture makes of a mask or a cache that is not its own
