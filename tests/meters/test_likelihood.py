@@ -66,9 +66,9 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = likelihood._read
 
-    def read(model: Any, rows: Any, prefix: Any, length: int) -> Any:
+    def read(model: Any, rows: Any, *given: Any) -> Any:
         seen.append(sum(len(row.ids) for row in rows))
-        return real(model, rows, prefix, length)
+        return real(model, rows, *given)
 
     monkeypatch.setattr(likelihood, "_read", read)
     return seen
@@ -86,6 +86,24 @@ def test_a_text_beyond_the_sliding_window_is_read_alone(
     expected = [alone(model, question.context, more)[0] for more in question.continuations]
     assert [answer.logp for answer in answers] == pytest.approx(expected, abs=1e-4)
     assert seen[-1] == (25 if window == 40 else 20 + 23 + 22)
+
+
+@pytest.mark.parametrize("window", [14, 40])
+def test_one_mask_serves_all_rows_behind_a_prefix(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a text beyond the sliding window transformers' own mask is taken."""
+    layers = ["sliding_attention", "full_attention"]
+    model = tiny.tiny("Gemma2", sliding_window=window, layer_types=layers)
+    monkeypatch.setattr(likelihood, "CPU_PASS_TOKENS", 1)
+    seen = spied(monkeypatch)
+    questions = [
+        Question([*range(20), *rest], [[5], [6]]) for rest in ([30], [31, 32], [33, 34, 35])
+    ]
+    found = likelihoods(model, questions)
+    expected = [alone(model, q.context, more)[0] for q in questions for more in q.continuations]
+    assert [a.logp for answers in found for a in answers] == pytest.approx(expected, abs=1e-4)
+    assert seen[-1] == 1 + 2 + 3
 
 
 def test_an_architecture_that_cannot_share_has_a_row_for_each(

@@ -274,7 +274,10 @@ def _read(
 
 
 def _mask(branch_BW: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """(B, 1, W, P + W), of one row for all of them: 0 where a token is seen, the least number where it is not."""
+    """(B, 1, W, P + W): 0 where a token is seen, the least number where it is not.
+
+    Of one row (B = 1) it serves a batch whose rows have no branches.
+    """
     import torch
 
     width = branch_BW.shape[1]
