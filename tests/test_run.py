@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from holdfast import model as models
-from holdfast import run
+from holdfast import run, trainer
+from holdfast.choice import FALL, GAIN
 from holdfast.errors import RequestError
 from holdfast.gate.readings import judge_run
 from holdfast.meters.canary import document
@@ -330,6 +332,69 @@ def test_a_folder_in_use_is_refused_and_left_alone(inputs: Path, whole: Path) ->
     assert contents(whole) == before
 
 
+# ---- which checkpoint is kept
+
+
+def chosen_run(inputs: Path, out: Path, method: str = "lora", **train: Any) -> Recipe:
+    """Every step is a checkpoint."""
+    recipe = recipe_of(inputs, out)
+    adapter = {"method": method, "r": 2} if method == "lora" else {"method": method}
+    levers = recipe.levers.model_dump() | {"adapter": adapter}
+    train = {**recipe.train.model_dump(), "save_every": 1, **train}
+    return recipe_of(inputs, out, train=train, levers=levers)
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
+    """Checkpoints have these scores, one after the other."""
+    given = iter(scores)
+    monkeypatch.setattr(trainer, "score", lambda *_: next(given))
+
+
+@pytest.mark.parametrize("method", ["lora", "none"])
+def test_the_best_checkpoint_is_the_artifact_and_is_not_overwritten(
+    inputs: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored(monkeypatch, -3.0, 0.5, -math.inf, 0.5, 0.4, -1.5)
+    recipe = chosen_run(inputs, tmp_path / "run", method)
+    result = run.train(recipe)
+    saved = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert saved == {"checkpoint-2", "checkpoint-5", "checkpoint-6"}
+    name = "adapter/adapter_model" if method == "lora" else "model/model"
+    ours = load_file(tmp_path / "run" / f"{name}.safetensors")
+    there = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    theirs = load_file(there / f"{name.partition('/')[2]}.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    assert result.summary["steps"] == STEPS
+    assert result.summary["kept"].startswith("step 2 of 6: ")
+    assert {key[0] for key in readings(tmp_path / "run") if key[1] == "probe"} == {0, 2}
+    assert "step 2 of 6" in (tmp_path / "run" / "README.md").read_text()
+    # resumed when it is over, it keeps the same one
+    then = contents(tmp_path / "run" / name.partition("/")[0])
+    assert run.train(recipe, resume=True).summary["kept"] == result.summary["kept"]
+    assert contents(tmp_path / "run" / name.partition("/")[0]) == then
+
+
+def test_patience_counts_checkpoints_that_are_not_better(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored(monkeypatch, 0.1, 0.0, 0.2, 0.2, -2.0)
+    recipe = chosen_run(inputs, tmp_path / "run", patience=2)
+    for resume in (False, True):
+        result = run.train(recipe, resume=resume)
+        assert result.summary["steps"] == 5
+        assert result.summary["stopped"].startswith("train.patience: ")
+        assert result.summary["kept"].startswith("step 3 of 5: ")
+
+
+def test_the_last_is_kept_where_that_is_asked(inputs: Path, tmp_path: Path) -> None:
+    result = run.train(chosen_run(inputs, tmp_path / "run", keep="last"))
+    assert result.summary["kept"] == "step 6, the last"
+    assert not {key for key in readings(tmp_path / "run") if key[1] in (GAIN, FALL)}
+    with pytest.raises(RequestError, match=r"train.patience: .* set train.keep: best"):
+        chosen_run(inputs, tmp_path / "no", keep="last", patience=1)
+
+
 # ---- what is measured
 
 
@@ -339,6 +404,7 @@ def test_all_is_measured_before_and_after(whole: Path) -> None:
     canary = {(domain, split) for domain in ("prose", "code") for split in ("selection", "sealed")}
     both = {
         *((meter, *one) for meter in ("canary", "canary_bits") for one in canary),
+        ("lesson", "heldout", "selection"),
         ("lesson", "heldout", "sealed"),
         ("probe", "sums", "sealed"),
         ("probe", "words", "sealed"),
@@ -348,7 +414,10 @@ def test_all_is_measured_before_and_after(whole: Path) -> None:
         *(("kl", name, "sealed") for name in ("old/prose", "old/code", "new/heldout")),
     }
     for step, wanted in ((0, both), (STEPS, both | of_two)):
-        assert {key[1:] for key in found if key[0] == step and key[3] != "train"} == wanted
+        assert {
+            key[1:] for key in found
+            if key[0] == step and key[3] != "train" and key[1] not in (GAIN, FALL)
+        } == wanted  # fmt: skip
     assert {"effective_rank", "stable_rank"} <= {key[1] for key in found if key[0] == STEPS}
     assert {key[0] for key in found if key[1] == "canary"} == {0, 2, 4, STEPS}
     sealed_while_training = [k for k in found if k[3] == "sealed" and 0 < k[0] < STEPS]

@@ -124,6 +124,7 @@ class Measure:
         ]
         found = [
             *canary,
+            *read_canary(model, self.heldout, "selection", step, meter="lesson"),
             *read_canary(model, self.heldout, "sealed", step, meter="lesson"),
             *self._probes(model, step, cached=cached),
             *read_bits(canary, self.canary, self.tokenizer),

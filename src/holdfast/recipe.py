@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -75,7 +75,17 @@ class Train(Section):
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; empty: a tenth of the run, at least 20 steps."""
     measure_every: int | None = Field(default=None, ge=1)
-    """Steps between canary readings while training; empty: a fifth of the run."""
+    """Steps between canary readings while training, beside those of `keep`; empty: a fifth of the
+    run."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights are the artifact. best: of the checkpoints, the last step among them, the one
+    of the best target that keeps every guardrail within its margin on the selection split (the
+    canary; the probes, too, with `measure_probes`); the target is the held-out lesson, or with
+    `measure_probes` the probes tagged target. Each checkpoint is read for it. last: where training
+    ended."""
+    patience: int = Field(default=0, ge=0)
+    """End training when so many checkpoints in a row were not better than the best by the rule of
+    `keep`. 0 turns it off: the schedule ends at zero by itself."""
     measure_probes: bool = False
     """Read the probes, too, whenever the canary is read while training, on the half of their items
     that falls to the selection split; the gate then judges the other half alone. false: the gate
@@ -231,10 +241,10 @@ class Recipe(Section):
                 "levers.budget.kl_cap: is measured on anchor rows; set levers.kl_anchor.weight "
                 "above 0 with on: anchor or both, or leave kl_cap out"
             )
-        if self.levers.budget.patience and self.data.heldout == 0:
+        if self.train.patience and self.train.keep == "last":
             raise ValueError(
-                "levers.budget.patience: needs held-out rows of the lesson; set data.heldout "
-                "above 0, such as 0.05, or patience to 0"
+                "train.patience: counts checkpoints without a better one; set train.keep: best, or "
+                "patience to 0"
             )
         shares = self.levers.other_share
         if shares >= 1:

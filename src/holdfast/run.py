@@ -17,6 +17,7 @@ from rich.console import Console
 
 from holdfast import model as models
 from holdfast.artifact import RunFolder, full_disk_named, write_text
+from holdfast.choice import METRIC, Choice
 from holdfast.data.example import EncodeReport, Role
 from holdfast.data.mixer import FILE as MIXER
 from holdfast.errors import RequestError
@@ -36,6 +37,7 @@ from holdfast.overshoot import settle
 from holdfast.plan import settled, skeleton
 from holdfast.prepare import Prepared, canary_documents, identity, load, prepare, warn
 from holdfast.recipe import Recipe
+from holdfast.report.frontier import Mark, of_run, told
 from holdfast.report.items import Changed, worst_changed
 
 if TYPE_CHECKING:
@@ -132,26 +134,28 @@ def train(
     patrolled = patrol(prepared, trainer, measure, before, folder, console, checkpoint)
     with full_disk_named(folder.checkpoints):
         trainer.train(resume_from_checkpoint=checkpoint)
-    step = trainer.state.global_step
+    step, kept = trainer.state.global_step, trainer.kept_step
     budgeted = _settled(trainer, measure, before, recipe)
     if watch is not None:
         watch(before, measure.glance(trainer.model, step, lesson=True), 1.0)
     _save_artifact(prepared, folder)
     with console.status("reading the tuned model"):
-        after = measure.whole(trainer.model, step, _live(prepared))
-        once, warned = measure.afterwards(trainer.model, trainer.start, before, after, routed, step)
+        after = measure.whole(trainer.model, kept, _live(prepared))
+        once, warned = measure.afterwards(trainer.model, trainer.start, before, after, routed, kept)
     warn(warned, prepared.setup, console)
     displacement = trainer.start.displacement()
-    ranks = [] if recipe.levers.adapter.off else read_ranks(trainer.start, step)
-    walk = _walk(trainer, folder).read(displacement, step)
-    folder.merge([*after, *once, *displacement.readings(step), *ranks, *walk])
+    ranks = [] if recipe.levers.adapter.off else read_ranks(trainer.start, kept)
+    walk = _walk(trainer, folder, kept).read(displacement, kept)
+    folder.merge([*after, *once, *displacement.readings(kept), *ranks, *walk])
     folder.write_items(before, after)
     verdict = decide(before, after, recipe.gate) if recipe.gate.enabled else None
     stopped_by = patrolled.stopped_by if patrolled else {}
     if verdict and stopped_by:
         verdict = halted(verdict, stopped_by)
+    frontier = of_run(folder.records(), kept)
     summary = {
         "steps": step,
+        "kept": told(frontier) if frontier else f"step {step}, the last",
         "refused_steps": trainer.refused,
         "relative_displacement": displacement.relative,
         "stopped": trainer.stopped or "; ".join(stopped_by.values()) or None,
@@ -163,7 +167,7 @@ def train(
         looks = look(recipe.model.path, str(folder.path), items, before)
         summary["looks"] = looks.sentence(recipe.gate.alpha)
     worst = worst_changed(before, after, items)
-    _write_results(folder, prepared, resolved, verdict, summary, worst)
+    _write_results(folder, prepared, resolved, verdict, summary, worst, frontier)
     seconds = time.perf_counter() - started
     return RunResult(folder.path, verdict, seconds, summary, bool(stopped_by))
 
@@ -196,7 +200,12 @@ def _trainer(
 ) -> HoldfastTrainer:
     """The levers' wrap and prepare, then the transformers Trainer around them."""
     import torch
-    from transformers import PrinterCallback, TrainingArguments, set_seed
+    from transformers import (
+        EarlyStoppingCallback,
+        PrinterCallback,
+        TrainingArguments,
+        set_seed,
+    )
 
     from holdfast.meters.drift import Start
     from holdfast.progress import RichProgress
@@ -216,14 +225,28 @@ def _trainer(
     for lever in levers:
         arguments |= lever.arguments(setup.model.config)
     budget, on_gpu = recipe.levers.budget, torch.cuda.is_available()
+    choice = _choice(prepared, before) if recipe.train.keep == "best" else None
+    save_every = recipe.train.save_every or max(20, steps // 10)
+    if choice is not None:
+        arguments |= {
+            "eval_strategy": "steps",
+            "eval_steps": save_every,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": METRIC,
+            "greater_is_better": True,
+            "restore_callback_states_from_checkpoint": bool(recipe.train.patience),
+        }
     budgeted = bool(recipe.levers.forgetting.budget)
-    lesson = budgeted or bool(budget.patience) or watch is not None
     every = recipe.train.measure_every or max(1, steps // (CHECKS if budgeted else 5))
 
     def glance(step: int) -> list[Reading]:
-        part = in_turn(measure.canary, step // every, DOCUMENTS) if budgeted else measure.canary
+        judged = choice is not None and (step % save_every == 0 or step == steps)
+        part = measure.canary
+        if budgeted and not judged:
+            part = in_turn(measure.canary, step // every, DOCUMENTS)
+        lesson = budgeted or choice is not None or watch is not None
         found = replace(measure, canary=part).glance(setup.model, step, lesson=lesson)
-        if watch is not None:
+        if watch is not None and step < steps:
             watch(before, found, step / steps)
         return found
 
@@ -236,8 +259,8 @@ def _trainer(
         bf16=on_gpu,
         use_cpu=not on_gpu,
         save_strategy="steps",
-        save_steps=recipe.train.save_every or max(20, steps // 10),
-        save_total_limit=2,
+        save_steps=save_every,
+        save_total_limit=3 if choice is not None else 2,  # the last two, and the best
         logging_steps=max(1, steps // 200),
         report_to=recipe.train.report_to or "none",
         dataloader_pin_memory=on_gpu,
@@ -259,10 +282,13 @@ def _trainer(
         divergence=recipe.levers.kl_anchor.divergence,
         meters=[glance],
         every=every,
+        choice=choice,
         record=folder.append,
         before=before,
         callbacks=[RichProgress(console)],
     )
+    if recipe.train.patience and choice is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.train.patience))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -285,9 +311,20 @@ def _settled(
     return {"budget": {"end": str(found), "moves": memory.get("moves", [])}}
 
 
-def _walk(trainer: HoldfastTrainer, folder: RunFolder) -> Walk:
-    """What the steps add up to, off the run's own readings."""
-    readings = (Reading(**record) for record in folder.records())
+def _choice(prepared: Prepared, before: Sequence[Reading]) -> Choice | None:
+    """The rule by which a checkpoint is chosen; a note where there is nothing to choose by."""
+    choice = Choice.of(before, prepared.recipe.gate)
+    why = choice.missing()
+    if why and prepared.recipe.train.patience:
+        raise RequestError(f"train.patience: nothing can be chosen: {why}; set it to 0")
+    if why:
+        prepared.setup.notes["train.keep"] = f"the last step is kept: {why}"
+    return None if why else choice
+
+
+def _walk(trainer: HoldfastTrainer, folder: RunFolder, kept: int) -> Walk:
+    """What the steps up to the one that is kept add up to, off the run's own readings."""
+    readings = (Reading(**record) for record in folder.records() if record["step"] <= kept)
     # a refusal is noted by the steps that came before it
     refused = {one["step"] + 1 for one in trainer.refused}
     return Walk.of(readings, trainer.args.max_grad_norm, refused)
@@ -404,6 +441,7 @@ def _write_results(
     verdict: GateResult | None,
     summary: dict[str, Any],
     worst: Sequence[Changed],
+    frontier: Sequence[Mark],
 ) -> None:
     from holdfast.report.card import write_card
     from holdfast.report.page import ReportData, write_report
@@ -422,6 +460,7 @@ def _write_results(
         environment=environment,
         summary={**summary, "rows": _counted(prepared.lesson), **prepared.setup.notes},
         worst=worst,
+        frontier=frontier,
     )
     write_report(folder.path, data)
     write_card(folder.path, data, prepared.recipe.model.path)

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from holdfast import model as models
 from holdfast import objective
+from holdfast.choice import METRIC, Choice, gain, noted, score
 from holdfast.data.example import Role
 from holdfast.data.mixture import Mixture
 from holdfast.divergence import Divergence
@@ -201,7 +203,8 @@ class HoldfastTrainer(Trainer):
         start: the weights training begins with.
         reference: the base's view, needed when a lever asks for KL.
         divergence: how far from the base is measured; forward KL unless given.
-        meters: called every `every` steps.
+        meters: called every `every` steps, and at each checkpoint where one is to be chosen.
+        choice: the rule by which transformers keeps the best checkpoint, and loads it at the end.
         record: keeps readings.
         before: the base's readings, for levers that look at what has changed.
     """
@@ -218,6 +221,7 @@ class HoldfastTrainer(Trainer):
         divergence: Divergence | None = None,
         meters: Sequence[Meter] = (),
         every: int = 0,
+        choice: Choice | None = None,
         record: Record = lambda _readings: None,
         before: Sequence[Reading] = (),
         callbacks: list[TrainerCallback] | None = None,
@@ -228,9 +232,11 @@ class HoldfastTrainer(Trainer):
         self.start = start
         self.meters, self.every, self.record = tuple(meters), every, record
         self.before, self.mixture = tuple(before), mixture
+        self.choice = choice
         self.kl_roles = frozenset[Role]().union(*(lever.kl_roles() for lever in self.levers))
         self.refused: list[dict[str, Any]] = []  # step and reason of each
         self.stopped: str | None = None
+        self._looked_at: list[Reading] = []
         self._refused_now: list[str] = []
         self._term_values: dict[str, list[Tensor]] = defaultdict(list)
         self._grad_norm = self._rate = 0.0
@@ -239,6 +245,7 @@ class HoldfastTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=mixture,
+            eval_dataset=None if choice is None else {},  # transformers wants one; see `evaluate`
             data_collator=_only_item,
             callbacks=[*(callbacks or ()), _LeverCallback(self)],
             optimizer_cls_and_kwargs=next(filter(None, (o.optimizer(args) for o in levers)), None),
@@ -301,6 +308,27 @@ class HoldfastTrainer(Trainer):
         loss = loss * world
         return (loss, out) if return_outputs else loss
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The score of the weights as they are, by which transformers keeps the best checkpoint."""
+        assert self.choice is not None
+        step = self.state.global_step
+        point = self.choice.point(step, self._looked_at)
+        if self.is_world_process_zero():
+            self.record(noted(point))
+        metrics = {f"eval_{METRIC}": score(gain(point), point.worst)}
+        handler: Any = self.callback_handler
+        self.control: Any = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.control.should_training_stop and step < self.state.max_steps:
+            self.stopped = self.stopped or "train.patience: no checkpoint was better for so long"
+        return metrics
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights the model has when training is over."""
+        best: str | None = self.state.best_model_checkpoint
+        last: int = self.state.global_step
+        return last if self.choice is None or best is None else int(best.rpartition("-")[2])
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: the Trainer's formula counts every padded token as trained."""
         return 0
@@ -314,23 +342,40 @@ class HoldfastTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            _write_json(
-                folder / MEMORY_FILE,
-                {
-                    "memory": self.lever_memory,
-                    "refused": self.refused,
-                    "schedule": self.mixture.schedule,
-                },
-            )
+            left = {
+                "memory": self.lever_memory,
+                "refused": self.refused,
+                "stopped": self.stopped,
+                "schedule": self.mixture.schedule,
+            }
+            _write_json(folder / MEMORY_FILE, left)
             _write_json(folder / COMPLETE_FILE, {"step": self.state.global_step})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            saved = json.loads((Path(checkpoint) / MEMORY_FILE).read_text(encoding="utf-8"))
-            self.lever_memory = {lever.key: {} for lever in self.levers} | saved["memory"]
-            self.refused = saved["refused"]
-            self.mixture.schedule = [(step, share) for step, share in saved.get("schedule", ())]
+            self._restore(Path(checkpoint))
+
+    def _restore(self, checkpoint: Path) -> None:
+        saved = json.loads((checkpoint / MEMORY_FILE).read_text(encoding="utf-8"))
+        self.lever_memory = {lever.key: {} for lever in self.levers} | saved["memory"]
+        self.refused, self.stopped = saved["refused"], saved.get("stopped")
+        self.mixture.schedule = [(step, share) for step, share in saved.get("schedule", ())]
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or, where training had ended early with this checkpoint, be as it then was."""
+        if resume_from_checkpoint is None or not ended_early(Path(resume_from_checkpoint)):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        checkpoint = Path(resume_from_checkpoint)
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self._restore(checkpoint)
+        self.find_best()
+        self._load_from_checkpoint(self.state.best_model_checkpoint or str(checkpoint))
+
+    def find_best(self) -> None:
+        """Look for the best checkpoint where the run folder is now, relative paths and moves."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(folder) if folder.is_dir() else None
 
     def step_context(self) -> StepContext:
         """The step as the levers see it."""
@@ -369,6 +414,9 @@ class _LeverCallback(TrainerCallback):
     def __init__(self, trainer: HoldfastTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.find_best()
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         trainer._rate = trainer.set_rate()  # when the step is over it is the next one's
@@ -400,12 +448,15 @@ class _LeverCallback(TrainerCallback):
                 Reading(meter, name, "train", step, value, None, 1)
                 for (meter, name), value in scalars.items()
             ]
-        if trainer.every and step % trainer.every == 0 and not last:
-            readings += [reading for meter in trainer.meters for reading in meter(step)]
+        due = bool(trainer.every) and step % trainer.every == 0 and not last
+        if due or control.should_evaluate:
+            trainer._looked_at = [reading for meter in trainer.meters for reading in meter(step)]
+            readings += trainer._looked_at
+        if due:
             left, held = 1 - step / state.max_steps, any(name != "task" for name in terms)
             probe = ProbeContext(step, before=trainer.before, left=left, held=held)
             for lever in trainer.levers:
-                lever.after_probe(readings, probe, trainer.lever_memory[lever.key])
+                lever.after_probe(trainer._looked_at, probe, trainer.lever_memory[lever.key])
             trainer.share_tokens()
             readings += [
                 Reading(m, n, "train", step, value, None, 1) for m, n, value in probe.noted
@@ -413,6 +464,8 @@ class _LeverCallback(TrainerCallback):
             if probe.stop:
                 trainer.stopped = probe.stop
                 control.should_training_stop = True
+                # so that where it stopped is one of the checkpoints that are chosen from
+                control.should_save = control.should_evaluate = trainer.choice is not None
         if readings and state.is_world_process_zero:
             trainer.record(readings)
 
@@ -424,6 +477,12 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
         for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")
     ]
     return max(steps)[1] if steps else None
+
+
+def ended_early(checkpoint: Path) -> bool:
+    """Whether training ended with this checkpoint, before its last step."""
+    saved = json.loads((checkpoint / MEMORY_FILE).read_text(encoding="utf-8"))
+    return saved.get("stopped") is not None
 
 
 def _only_item(items: list[Any]) -> Any:

@@ -27,7 +27,6 @@ from holdfast.errors import HoldfastError, RequestError
 from holdfast.levers import (
     Lever,
     Memory,
-    ProbeContext,
     StepContext,
     StepState,
     Term,
@@ -37,8 +36,6 @@ from holdfast.levers import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from holdfast.meters import Reading
 
 HISTORY = 64
 """Accepted gradient norms that the spike rule looks back on."""
@@ -76,10 +73,6 @@ class Budget(Lever):
     kl_cap: float | None = Field(default=None, gt=0.0)
     """Ceiling on the mean KL to the base (`kl_anchor`'s divergence) on the step's anchor rows, nats
     a token; beyond it the weights are drawn back towards the start. Empty turns it off."""
-    patience: int = Field(default=0, ge=0)
-    """Stop when the lesson's held-out loss (its selection split) has not fallen for this many
-    readings in a row; see `train.measure_every`. The weights are those of the stop. 0 turns it off:
-    a lesson's loss says nothing of what is forgotten, and the schedule ends at zero by itself."""
     spike: float = Field(default=10.0, ge=0.0)
     """Refuse a step whose gradient norm exceeds this many times the median of the last 64
     accepted ones. 0 turns it off; non-finite steps are always refused."""
@@ -177,22 +170,6 @@ class Budget(Lever):
             f"step {ctx.step}: the displacement does not yield to levers.budget's caps; they are "
             "below what rounding leaves, so resume with larger ones"
         )
-
-    def after_probe(self, readings: Sequence[Reading], ctx: ProbeContext, memory: Memory) -> None:
-        """Stop after `patience` readings of the lesson's held-out loss without a new lowest."""
-        found = [r.value for r in readings if (r.meter, r.split) == ("lesson", "selection")]
-        if not self.patience or not found:
-            return
-        loss = sum(found) / len(found)
-        if loss < memory.get("lowest", math.inf):
-            memory["lowest"], memory["since_lowest"] = loss, 0
-            return
-        memory["since_lowest"] = memory.get("since_lowest", 0) + 1
-        if memory["since_lowest"] >= self.patience:
-            ctx.stop = (
-                f"levers.budget.patience: the lesson's held-out loss has not fallen below "
-                f"{memory['lowest']:.4g} for {self.patience} readings"
-            )
 
 
 def _over_devices(noted: Sequence[float]) -> float:

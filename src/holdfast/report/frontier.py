@@ -1,12 +1,16 @@
-"""The frontier of a rewind: what is kept of the target against what the guardrails lose."""
+"""The frontier: what is kept of the target against what the guardrails lose.
+
+Its points are those of a rewind, the checkpoints of a run, or a base and a tuned model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
+from holdfast.choice import FALL, GAIN
 from holdfast.report.draw import (
     LEGEND,
     MUTED,
@@ -65,6 +69,58 @@ class Mark:
         )
 
 
+def of_run(records: Iterable[Mapping[str, Any]], kept: int | None) -> list[Mark]:
+    """The frontier of a run: base, the checkpoints that were judged, the one that is kept.
+
+    Args:
+        records: lines of `readings.jsonl`.
+        kept: the step whose weights are the artifact.
+    """
+    gains: dict[int, float] = {}
+    falls: dict[int, tuple[float, str]] = {}
+    for one in records:
+        if one["meter"] == GAIN:
+            gains[one["step"]] = one["value"]
+        elif one["meter"] == FALL:
+            falls[one["step"]] = (one["value"], one["name"])
+    steps = sorted(gains.keys() & falls.keys())
+    if not steps:
+        return []
+    last = steps[-1]
+    found = [Mark("base", 0.0, 0.0 if gains[last] > 0 else None, 0.0, "", True, kept == 0)]
+    for step in steps:
+        worst, culprit = falls[step]
+        found.append(
+            Mark(
+                name=f"step {step}",
+                way=step / last,
+                target=gains[step] / gains[last] if gains[last] > 0 else None,
+                worst=worst,
+                culprit=culprit,
+                kept=worst <= 1,
+                chosen=step == kept,
+            )
+        )
+    return found
+
+
+def told(marks: Sequence[Mark]) -> str:
+    """Which checkpoint is kept, and why, in one sentence."""
+    read = marks[1:]
+    chosen = next(mark for mark in read if mark.chosen)
+    within = [mark for mark in read if mark.kept]
+    worst = f"{chosen.culprit} at {chosen.worst:+.2f} of its margin"
+    if chosen.kept:
+        return (
+            f"{chosen.name} of {read[-1].name.removeprefix('step ')}: the best target of the "
+            f"{len(within)} of {len(read)} checkpoints within every margin (worst: {worst})"
+        )
+    return (
+        f"{chosen.name} of {read[-1].name.removeprefix('step ')}: none of {len(read)} checkpoints "
+        f"is within every margin, and this one fell least ({worst})"
+    )
+
+
 def frontier(marks: Sequence[Mark]) -> Figure | None:
     """Target kept against the worst guardrail; without a target, the way gone stands for it."""
     if not marks:
@@ -118,7 +174,7 @@ def frontier(marks: Sequence[Mark]) -> Figure | None:
         else "how far the point is from the base (no target rose)"
     )
     caption = (
-        f"Points between base and tuned, on the selection split: {what}, against the largest fall "
-        "of a guardrail."
+        f"Points on the way from the base, on the selection split: {what}, against the largest "
+        "fall of a guardrail."
     )
     return make_figure("frontier", "Frontier", caption, traces, layout, wide=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from holdfast.choice import FALL, GAIN
 from holdfast.report.data import ReportData
 from holdfast.report.draw import (
     PALETTE,
@@ -26,7 +27,7 @@ Z = 1.96
 """Standard errors to either end of a 95 % interval."""
 MOST = len(PALETTE)
 """Curves of one figure; of more, those that moved furthest are drawn."""
-ELSEWHERE = ("loss", "grad_norm", "learning_rate", "refused_steps", "alarm")
+ELSEWHERE = ("loss", "grad_norm", "learning_rate", "refused_steps", "alarm", GAIN, FALL)
 """Meters of training itself, which have figures of their own or none; alarms are lines in them."""
 BY_PART = (
     "drift",
