@@ -25,6 +25,7 @@ NAIVE = [
     "levers.kl_anchor=none",
     "levers.budget.spike=0",
     "train.batch_tokens=256",
+    "train.keep=last",
 ]
 """Plain full fine-tuning: as many passes over the lesson, as many of its tokens in a step, the same
 learning rate, schedule and clipping."""
