@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.choice import Choice, gain, noted, score
-from holdfast.gate.verdict import Gate
+from holdfast.gate.verdict import Gate, decide
 from holdfast.meters import Reading
-from holdfast.report.frontier import frontier, of_run, told
+from holdfast.points import as_sealed
+from holdfast.report.frontier import frontier, of_run, of_two, told
 
 
 def read(meter: str, name: str, step: int, value: float, unit: str = "nats") -> Reading:
@@ -74,7 +75,7 @@ def test_within_the_margins_comes_before_beyond(
 def test_the_frontier_of_a_run_is_drawn_from_its_readings() -> None:
     """Gains 0.25 and 0.5 of the base's 4 nats: the first has half of the last one's gain."""
     points = [CHOICE.point(5, at(5, 2.1, 3.0)), CHOICE.point(10, at(10, 2.4, 2.0))]
-    records = [reading.as_record() for point in points for reading in noted(point)]
+    records = [reading.as_record() for point in points for reading in noted(point, gain(point))]
     marks = of_run(records, kept=5)
     assert [(m.name, m.way, m.target, m.kept, m.chosen) for m in marks] == [
         ("base", 0.0, 0.0, True, False),
@@ -88,3 +89,16 @@ def test_the_frontier_of_a_run_is_drawn_from_its_readings() -> None:
     assert "none of 1 checkpoints is within every margin" in told(of_run(records[2:], kept=10))
     assert frontier(marks) is not None
     assert of_run([], kept=5) == []
+
+
+def test_the_frontier_of_two_models_is_drawn_from_their_verdict() -> None:
+    """The canary rose by 0.4 nats, its margin is 0.2; the lesson was learned."""
+    gate = Gate(margins={"canary": "10%"})
+    result = decide(as_sealed(at(0, 2.0, 4.0)), as_sealed(at(1, 2.4, 1.0)), gate)
+    base, tuned = of_two(result)
+    assert (base.target, base.worst) == (0.0, 0.0)
+    assert (tuned.target, tuned.worst) == (1.0, pytest.approx(2.0))
+    assert (tuned.culprit, tuned.kept) == ("canary/web", False)
+    worse = decide(as_sealed(at(0, 2.0, 4.0)), as_sealed(at(1, 2.0, 5.0)), gate)
+    assert [mark.target for mark in of_two(worse)] == [None, None]
+    assert of_two(decide([], [], Gate())) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import tiny
+from holdfast import guard as guarding
 from holdfast.errors import RequestError
 from holdfast.guard import Guard, _undisturbed
 
@@ -77,6 +80,7 @@ def sft(out: Path, guard: Guard | None, *, lora: bool, **more: Any) -> SFTTraine
         model=tiny.tiny("Llama", attention_dropout=0.1).train(),
         args=SFTConfig(**arguments(out, **more), max_length=32),
         train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS[:4]) if "eval_strategy" in more else None,
         processing_class=tiny.letters(),
         peft_config=LORA if lora else None,
         callbacks=[guard] if guard else None,
@@ -301,3 +305,46 @@ def test_what_it_cannot_read_is_refused_before_the_first_step(inputs: Path, tmp_
     with pytest.raises(RequestError, match="sharded over devices"):
         guard_of(inputs, tmp_path / "run").on_train_begin(**begin, processing_class=tiny.letters())
     assert not (tmp_path / "run").exists()
+
+
+# ---- the best checkpoint, kept by transformers
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_trainer_keeps_its_best_checkpoint_by_our_score(
+    lora: bool, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The score of each of the three checkpoints is given; the first is the best."""
+    found: list[tuple[float, float]] = []
+    scores = iter([0.5, -2.0, 0.4])
+    monkeypatch.setattr(guarding, "score", lambda *one: found.append(one) or next(scores))
+    kept = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+            "load_best_model_at_end": True, "metric_for_best_model": "holdfast",
+            "save_total_limit": 1}  # fmt: skip
+    guard = guard_of(inputs, tmp_path / "run")
+    trainer = sft(tmp_path / "out", guard, lora=lora, **kept)
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert [one for one, _ in found] == pytest.approx([math.exp(-loss) for loss in losses])
+    assert trainer.state.best_global_step == 2
+    assert trainer.state.best_metric == 0.5
+    name = "adapter_model.safetensors" if lora else "model.safetensors"
+    saved = load_file(tmp_path / "out" / "checkpoint-2" / name)
+    state = trainer.model.state_dict()
+    for key, tensor in saved.items():
+        own = key.replace(".weight", ".default.weight") if lora else key
+        assert torch.equal(state[own], tensor)
+    assert {r["step"] for r in records(tmp_path / "run") if r["meter"] == "kl"} <= {2}
+    summary = json.loads((tmp_path / "run" / "verdict.json").read_text())["summary"]
+    assert summary["steps"] == STEPS
+    assert summary["kept"].startswith("step 2 of 6: ")
+
+
+def test_a_score_without_a_target_is_refused(inputs: Path, tmp_path: Path) -> None:
+    guard = guard_of(inputs, tmp_path / "run")
+    trainer = sft(tmp_path / "out", guard, lora=True)
+    guard.on_train_begin(trainer.args, trainer.state, trainer.control, trainer.model,
+                         processing_class=tiny.letters())  # fmt: skip
+    trainer.args.metric_for_best_model = "holdfast"
+    with pytest.raises(RequestError, match=r"no target is read .* give probes tagged target"):
+        guard.on_evaluate(trainer.args, trainer.state, trainer.control, trainer.model, {})

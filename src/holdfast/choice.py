@@ -80,10 +80,10 @@ def _targets(rows: Iterable[Row]) -> list[Row]:
     return [row for row in targets if row.meter == "probe"] or targets
 
 
-def noted(point: Point) -> list[Reading]:
+def noted(point: Point, gain: float) -> list[Reading]:
     """A judged checkpoint as readings, so that the frontier can be drawn of them."""
     step = point.position
     return [
-        Reading(GAIN, "target", "selection", step, gain(point), None, 1, "share"),
+        Reading(GAIN, "target", "selection", step, gain, None, 1, "share"),
         Reading(FALL, point.culprit, "selection", step, point.worst, None, 1, "margins"),
     ]

@@ -41,6 +41,7 @@ from holdfast.pair import (
     versions,
     written,
 )
+from holdfast.report.frontier import of_two
 from holdfast.report.items import worst_changed
 from holdfast.report.page import ReportData, write_report
 
@@ -187,6 +188,7 @@ def compare(
             environment=pair.environment(),
             summary=summary,
             worst=worst,
+            frontier=of_two(verdict),
         )
         with written(out) as folder:
             folder.append([*before, *result.after])

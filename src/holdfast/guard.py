@@ -12,6 +12,7 @@ of it: weights, gradients, modes of modules and random numbers are as they would
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 import time
@@ -28,6 +29,7 @@ from transformers import TrainerCallback
 
 from holdfast import model as models
 from holdfast.artifact import RunFolder
+from holdfast.choice import METRIC, Choice, gain, noted, score
 from holdfast.data.readers import local_path
 from holdfast.data.rows import check_rows
 from holdfast.errors import RequestError
@@ -49,6 +51,7 @@ from holdfast.meters.recovery import recovery_examples
 from holdfast.meters.routing import Routing
 from holdfast.reference import Reference
 from holdfast.reference.adapter_off import AdapterOff
+from holdfast.report.frontier import of_run, told
 from holdfast.report.items import worst_changed
 from holdfast.report.page import ReportData, write_report
 from holdfast.section import Section
@@ -144,6 +147,20 @@ class Guard(TrainerCallback):
             with _undisturbed(model):
                 self._watch.glance(model, step)
 
+    def on_evaluate(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Where `metric_for_best_model` is "holdfast", give the trainer that metric."""
+        if self._watch is not None and _chooses(args):
+            with _undisturbed(model):
+                metrics[f"eval_{METRIC}"] = self._watch.score(model, state.global_step, metrics)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the losses that the trainer logs."""
         known = {LOGGED[name]: value for name, value in (logs or {}).items() if name in LOGGED}
@@ -159,7 +176,9 @@ class Guard(TrainerCallback):
         """Read what training came to, judge it, and write the report."""
         if self._watch is not None:
             with _undisturbed(model):
-                self.verdict = self._watch.end(model, state.global_step)
+                best = state.best_global_step if args.load_best_model_at_end else None
+                kept = best if _chooses(args) and best else state.global_step
+                self.verdict = self._watch.end(model, state.global_step, kept)
             self._watch = None
 
 
@@ -175,6 +194,7 @@ class _Watch:
         self.start: Start | None = None
         self.reference: Reference | None = None
         self.routed: Routing | None = None
+        self.looked_at: tuple[int, list[Reading]] = (0, [])
         self.started, self.reading = time.perf_counter(), 0.0
 
     @classmethod
@@ -262,14 +282,38 @@ class _Watch:
         if self.folder is not None:
             self.folder.append(readings)
 
-    def glance(self, model: Any, step: int) -> None:
+    def glance(self, model: Any, step: int) -> list[Reading]:
+        """What may be looked at; read once a step."""
+        if self.looked_at[0] == step:
+            return self.looked_at[1]
         found = self.timed(lambda: self.measure.glance(model, step))
         if self.start is not None:
             total = self.start.displacement().relative
             found.append(Reading("drift", "total", "train", step, total, None, 1, "relative"))
         self.keep(found)
+        self.looked_at = (step, found)
+        return found
 
-    def end(self, model: Any, step: int) -> GateResult | None:
+    def score(self, model: Any, step: int, metrics: Mapping[str, float]) -> float:
+        """How good the weights are, by the rule of `choice.py`, and keep what it rests on.
+
+        Without a target probe the trainer's own `eval_loss` is the target: the gain is then the
+        likelihood of a token, exp(-loss).
+        """
+        choice = Choice.of(self.before, self.settings.gate)
+        why, loss = choice.missing(), metrics.get("eval_loss")
+        if "guardrail" in why or (why and loss is None):
+            raise RequestError(
+                f"Guard: metric_for_best_model: '{METRIC}': {why}, and no eval_loss; give "
+                "probes tagged target with measure_probes=True, or an eval_dataset"
+            )
+        point = choice.point(step, self.glance(model, step))
+        found = gain(point) if not why or loss is None else math.exp(-loss)
+        self.keep(noted(point, found))
+        return score(found, point.worst)
+
+    def end(self, model: Any, last: int, step: int) -> GateResult | None:
+        """Read and judge the weights of a step, when training has ended with its `last`."""
         after = self.timed(lambda: self.measure.whole(model, step, self.reference))
         gate = self.settings.gate
         verdict = decide(self.before, after, gate) if gate.enabled else None
@@ -281,8 +325,10 @@ class _Watch:
         self.folder.merge([*after, *once, *displacement.readings(step), *ranks])
         self.folder.write_items(self.before, after)
         seconds = time.perf_counter() - self.started
+        frontier = of_run(self.folder.records(), step)
         summary = {
-            "steps": step,
+            "steps": last,
+            **({"kept": told(frontier)} if frontier else {}),
             "relative_displacement": displacement.relative,
             "seconds": round(seconds, 1),
             "seconds_reading": round(self.reading, 1),
@@ -300,9 +346,15 @@ class _Watch:
             },
             summary=summary,
             worst=worst_changed(self.before, after, self.items),
+            frontier=frontier,
         )
         write_report(self.folder.path, data)
         return verdict
+
+
+def _chooses(args: Any) -> bool:
+    """Whether the trainer is to keep its best checkpoint by our score."""
+    return args.metric_for_best_model in (METRIC, f"eval_{METRIC}")
 
 
 def _before_of(folder: RunFolder, step: int) -> list[Reading]:

@@ -313,9 +313,10 @@ class HoldfastTrainer(Trainer):
         assert self.choice is not None
         step = self.state.global_step
         point = self.choice.point(step, self._looked_at)
+        risen = gain(point)
         if self.is_world_process_zero():
-            self.record(noted(point))
-        metrics = {f"eval_{METRIC}": score(gain(point), point.worst)}
+            self.record(noted(point, risen))
+        metrics = {f"eval_{METRIC}": score(risen, point.worst)}
         handler: Any = self.callback_handler
         self.control: Any = handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.control.should_training_stop and step < self.state.max_steps:

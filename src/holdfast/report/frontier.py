@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.choice import FALL, GAIN
+from holdfast.gate.margins import lower_is_better
+from holdfast.points import fall_in_margins, guardrails
 from holdfast.report.draw import (
     LEGEND,
     MUTED,
@@ -23,6 +25,9 @@ from holdfast.report.draw import (
     make_figure,
     note_at,
 )
+
+if TYPE_CHECKING:
+    from holdfast.gate.verdict import GateResult
 
 HEADINGS = ("point", "way", "target kept", "worst guardrail", "fall, in margins", "")
 KINDS = (
@@ -104,6 +109,22 @@ def of_run(records: Iterable[Mapping[str, Any]], kept: int | None) -> list[Mark]
     return found
 
 
+def of_two(result: GateResult) -> list[Mark]:
+    """Base and tuned model, as a gate has compared them; none where no guardrail was read."""
+    falls = {f"{row.meter}/{row.name}": fall_in_margins(row) for row in guardrails(result)}
+    if not falls:
+        return []
+    targets = [row for row in result.rows if row.kind == "target"]
+    rose = any(row.difference and (row.difference < 0) == lower_is_better(row.unit)
+               for row in targets)  # fmt: skip
+    culprit = max(falls, key=falls.__getitem__)
+    worst = falls[culprit]
+    return [
+        Mark("base", 0.0, 0.0 if rose else None, 0.0, "", kept=True, chosen=False),
+        Mark("tuned", 1.0, 1.0 if rose else None, worst, culprit, kept=worst <= 1, chosen=False),
+    ]
+
+
 def told(marks: Sequence[Mark]) -> str:
     """Which checkpoint is kept, and why, in one sentence."""
     read = marks[1:]
@@ -173,8 +194,5 @@ def frontier(marks: Sequence[Mark]) -> Figure | None:
         if by_target
         else "how far the point is from the base (no target rose)"
     )
-    caption = (
-        f"Points on the way from the base, on the selection split: {what}, against the largest "
-        "fall of a guardrail."
-    )
+    caption = f"Points on the way from the base: {what}, against the largest fall of a guardrail."
     return make_figure("frontier", "Frontier", caption, traces, layout, wide=True)
