@@ -40,11 +40,14 @@ def sharded_case(rank: int) -> tuple[Any, ...]:
     return x, DenseBase(base[kl], Head(torch.ones(20, 6) / 5)), torch.arange(7) + rank, kl
 
 
-def sharded_loss(model: Any, rank: int, told: tuple[float, float] | None = None) -> torch.Tensor:
-    """`told`: what an NLL and a KL are said to weigh."""
+def sharded_loss(
+    model: Any, rank: int, told: tuple[float, float] | None = None, own: bool = False
+) -> torch.Tensor:
+    """`told`: what an NLL and a KL are said to weigh; `own`: the base has the model's head."""
     x, base, targets, kl = sharded_case(rank)
     hidden = model(x)  # before the head is looked at, as the trainer does
     head = Head(model.out.weight, model.out.bias)
+    base = DenseBase(base.hidden_MH, head) if own else base
     weights = told and {
         "nll_weight": torch.full((4,), told[0]),
         "kl_weight": torch.full((3,), told[1]),
@@ -62,10 +65,12 @@ def sharded_loss(model: Any, rank: int, told: tuple[float, float] | None = None)
     return nll.mean() + 3 * kls.mean()
 
 
-def compare(rank: int, trained: bool, way: str, told: tuple[float, float] | None) -> None:
+def compare(
+    rank: int, trained: bool, way: str, told: tuple[float, float] | None, own: bool
+) -> None:
     """Gradients of the sharded model against the mean of both processes' on the whole one."""
     whole = Tiny(trained)
-    losses = [sharded_loss(whole, r) for r in range(WORLD)]
+    losses = [sharded_loss(whole, r, own=own) for r in range(WORLD)]
     (sum(losses) / WORLD).backward()  # type: ignore[union-attr]
     model = Tiny(trained)
     mesh = dist.init_device_mesh("cpu", (WORLD,))
@@ -82,7 +87,7 @@ def compare(rank: int, trained: bool, way: str, told: tuple[float, float] | None
 
     DTensor.full_tensor = counted  # type: ignore[method-assign]
     try:
-        loss = sharded_loss(model, rank, told)
+        loss = sharded_loss(model, rank, told, own)
         loss.backward()
     finally:
         DTensor.full_tensor = gather  # type: ignore[method-assign]
@@ -104,7 +109,8 @@ def process(rank: int, folder: str) -> None:
     for trained in (False, True):
         for way in ("kept whole", "resharded", "head apart"):
             for told in (None, (1 / 8, 1 / 2), (1.0, 1.0)):  # nothing, right, wrong
-                compare(rank, trained, way, told)
+                compare(rank, trained, way, told, own=False)
+            compare(rank, trained, way, None, own=True)
     dist.destroy_process_group()
 
 

@@ -93,9 +93,13 @@ def token_losses(
     nlls, kls, device = int(nll_N.sum()), int(kl_N.sum()), hidden_NH.device.type
     if kls and base is None:
         raise ValueError("kl_N asks for the divergence at some positions, but base is None")
-    if isinstance(base, DenseBase):
-        base = replace(base, head=base.head.detach().local(device))
+    own = head
     head = head.local(device)
+    if isinstance(base, DenseBase):
+        # a base that is the model itself with its adapter off has the same head: gathered once
+        same = base.head.weight_VH is own.weight_VH and base.head.bias_V is own.bias_V
+        side = replace(base.head, weight_VH=head.weight_VH, bias_V=head.bias_V) if same else None
+        base = replace(base, head=(side or base.head.local(device)).detach())
     nll_order, kl_order = order_P[:nlls], order_P[len(order_P) - kls :]
     nll_rows, kl_rows = (nll_N.cumsum(0) - 1)[nll_order], (kl_N.cumsum(0) - 1)[kl_order]
     needs_grad = torch.is_grad_enabled() and (hidden_NH.requires_grad or head.trained)
