@@ -153,7 +153,7 @@ def ways(case: Case, entries: int) -> dict[str, Way]:
         (nll.sum() + kl.sum()).backward()
 
     def products(base_hidden: Tensor) -> None:
-        hidden, size = case.hidden.detach(), chunk_rows(case.hidden.device.type, len(frozen))
+        hidden, size = case.hidden.detach(), chunk_rows(case.hidden.device.type, len(frozen), 2)
         grad_head = torch.zeros_like(frozen) if case.weight.requires_grad else None
         for first in range(0, len(hidden), size):
             rows, others = (x[first : first + size] for x in (hidden, base_hidden))

@@ -128,7 +128,7 @@ def test_memory_adds_up(recipe: Asked) -> None:
     assert found.memory["casts"] == 0, "on a CPU nothing is cast"
     logits, base, gradient = 4 * 256 * 273, 4 * 256 * 273, 4 * 273 * 32
     assert found.memory["logits"] == logits + base + gradient
-    assert CPU_CHUNK_ROWS > 256, "all of them are one chunk"
+    assert CPU_CHUNK_ROWS // 2 >= 256, "all of them are one chunk"
     assert found.total_memory == sum(found.memory.values())
 
 

@@ -23,7 +23,8 @@ products with the head are bound by arithmetic and launches do not count."""
 CPU_CHUNK_BYTES = 64 * 2**20
 """The same on a CPU, whose products are at full speed from about 128 rows."""
 CPU_CHUNK_ROWS = 512
-"""On a CPU a chunk is no longer: more rows are no faster, and no longer lie in a cache."""
+"""On a CPU a chunk is no longer, all its buffers together: more rows are no faster, and no longer
+lie in a cache."""
 BLOCK_BYTES = 32 * 2**20
 """Rows of a chunk that are worked on at a time, elementwise: what they need beside the chunk's own
 buffers is little, and launches do not count."""
@@ -31,11 +32,16 @@ CPU_BLOCK_BYTES = 2**20
 """The same on a CPU, whose second-level cache they stay in; the divergence is twice as fast."""
 
 
-def chunk_rows(device: str, tokens: int) -> int:
+def chunk_rows(device: str, tokens: int, buffers: int = 1) -> int:
     """Rows of a chunk on a device of this type, whose logits are over so many tokens."""
     if device == "cpu":
-        return max(1, min(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // (4 * tokens)))
+        return max(1, min(CPU_CHUNK_ROWS // buffers, CPU_CHUNK_BYTES // (4 * tokens)))
     return max(1, CHUNK_BYTES // (4 * tokens))
+
+
+def block_rows(device: str, tokens: int) -> int:
+    """Rows of a block of it."""
+    return max(1, (CPU_BLOCK_BYTES if device == "cpu" else BLOCK_BYTES) // (4 * tokens))
 
 
 @dataclass(frozen=True)
@@ -154,10 +160,12 @@ class Pass:
         equal ones are equal to the last bit.
         """
         weight_VH, positions = self.head.weight_VH, len(self.targets_P)
-        size = max(1, min(positions, chunk_rows(weight_VH.device.type, weight_VH.shape[0])))
+        count = 2 if self.kls and self.one_softmax is None else 1
+        rows_at_most = chunk_rows(weight_VH.device.type, weight_VH.shape[0], count)
+        size = max(1, min(positions, rows_at_most))
         buffers = [
             weight_VH.new_empty((size, weight_VH.shape[0]), dtype=wide(weight_VH.dtype))
-            for _ in range(2 if self.kls and self.one_softmax is None else 1)
+            for _ in range(count)
         ]
         for first, last in ((0, positions - self.kls), (positions - self.kls, positions)):
             for i in range(first, last, size):
@@ -247,7 +255,8 @@ class Pass:
         if self.entropy is not None:
             self.entropy.look(logits_CV, rows)
         listed = Listed.of(base, self.base_rows[rows.kl], self.targets_P[rows.all])
-        chunk = SparseChunk.of(logits_CV, self.head, listed, rows.nlls, self.divergence)
+        step = block_rows(logits_CV.device.type, logits_CV.shape[1])
+        chunk = SparseChunk.of(logits_CV, self.head, listed, rows.nlls, self.divergence, step)
         return Values(chunk.nll, chunk.kl), chunk
 
     def logit_chunk(
@@ -276,8 +285,7 @@ class Pass:
             kl_CV = buffers[1]
         nlls, kls = [], []
         positions = rows.all.stop - rows.all.start
-        limit = BLOCK_BYTES if logits_CV.is_cuda else CPU_BLOCK_BYTES
-        step = max(1, limit // (4 * logits_CV.shape[1]))
+        step = block_rows(logits_CV.device.type, logits_CV.shape[1])
         for i in range(0, positions, step):
             part = slice(i, i + step)
             n = max(0, min(rows.nlls - i, step))
@@ -332,7 +340,9 @@ class Pass:
         logits_CV = logits_CV[:, : base_CV.shape[1]]
         if isinstance(self.base, SparseBase):
             share_CV, listed = logits_CV / temperature, Listed.of(self.base, at, targets_C)
-            kl, grad_E, tail_grad_C = listed.compare(*listed.split(share_CV), self.divergence)
+            kl, grad_E, tail_grad_C = listed.compare(
+                *listed.split(share_CV, len(share_CV)), self.divergence
+            )
             grad_CV = share_CV.mul_(tail_grad_C.unsqueeze(1))
             grad_CV[listed.row_E, listed.id_E] = grad_E
             return kl, grad_CV

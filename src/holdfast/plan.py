@@ -273,12 +273,12 @@ def memory(recipe: Recipe, model: Any, max_length: int) -> dict[str, int]:
     tokens, anchor = recipe.train.micro_batch_tokens, recipe.levers.kl_anchor
     width = 2 if torch.cuda.is_available() else model.get_input_embeddings().weight.element_size()
     vocabulary, size = model.get_input_embeddings().weight.shape
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    chunk = 4 * vocabulary * min(tokens, chunk_rows(device, vocabulary))
     # one buffer does for a cache, whose bucketed divergence has the softmax that the NLL needs
     buffers = (
         2 if anchor.weight and (anchor.cache is None or anchor.divergence.temperature != 1) else 1
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chunk = 4 * vocabulary * min(tokens, chunk_rows(device, vocabulary, buffers))
     head = model.get_output_embeddings()
     head_gradient = 4 * vocabulary * size if head is not None and head.weight.requires_grad else 0
     return {

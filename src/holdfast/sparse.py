@@ -85,18 +85,23 @@ class Listed:
         weight_E = None if base.weights is None else base.weights[entry_E]
         return cls(offset_C, row_E, column_E, id_E, logp_E, hit_E, log_tail_C, weight_E)
 
-    def split(self, logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, logits_CV: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Log q of the buckets (C, B), the tail last, and of the entries (E,).
 
-        What is left in the place of the logits is q~, with the entries set to 0.
+        What is left in the place of the logits is q~, with the entries set to 0. So many `rows` at
+        a time are passed over.
         """
         at, drawn_E = (self.row_E, self.id_E), self.drawn
         logit_E, lowest = logits_CV[at], torch.finfo(logits_CV.dtype).min
         logits_CV[at] = torch.where(drawn_E, logit_E, lowest)
-        top_C, token_C = logits_CV.max(1)
-        share_CV = torch.softmax(logits_CV, 1, out=logits_CV)
-        tail_C = top_C - share_CV.gather(1, token_C.unsqueeze(1)).squeeze(1).log()
-        share_CV[at] = 0
+        top_C, most_C = (logits_CV.new_empty(len(logits_CV)) for _ in range(2))
+        for i in range(0, len(logits_CV), rows):
+            share_bV = logits_CV[i : i + rows]
+            torch.amax(share_bV, 1, out=top_C[i : i + rows])
+            torch.softmax(share_bV, 1, out=share_bV)
+            torch.amax(share_bV, 1, out=most_C[i : i + rows])
+        tail_C = top_C - most_C.log()
+        logits_CV[at] = 0
         logit_CB = logit_E.new_full((len(tail_C), int(self.column_E.max()) + 2), -torch.inf)
         logit_CB[self.row_E, self.column_E] = logit_E.masked_fill(drawn_E, -torch.inf)
         logit_CB[:, -1] = tail_C.masked_fill(top_C == lowest, -torch.inf)
@@ -187,11 +192,20 @@ class SparseChunk:
 
     @classmethod
     def of(
-        cls, logits_CV: Tensor, head: Head, listed: Listed, nlls: int, divergence: Divergence
+        cls,
+        logits_CV: Tensor,
+        head: Head,
+        listed: Listed,
+        nlls: int,
+        divergence: Divergence,
+        rows: int,
     ) -> SparseChunk:
-        """The rows with these logits, which are overwritten; the first `nlls` have an NLL."""
+        """The rows with these logits, which are overwritten; the first `nlls` have an NLL.
+
+        So many `rows` at a time are passed over.
+        """
         slope_CV = head.slope(logits_CV)
-        logq_CB, logq_E = listed.split(logits_CV)
+        logq_CB, logq_E = listed.split(logits_CV, rows)
         nll, nll_tail_C = -logq_E[listed.hit_E][:nlls], logq_CB[:, -1].exp()
         nll_E = logq_E.exp() - listed.hit_E.to(logq_E.dtype)
         kl, kl_E, kl_tail_C = listed.compare(logq_CB, logq_E, divergence)
