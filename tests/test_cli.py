@@ -56,6 +56,7 @@ SURFACE = {
         *("--canary", "--dtype", "--gate", "--help", "--json", "--junit", "--margin", "--markdown"),
         *("--out", "--probes", "--run-generated-code", "--seed", "--tokenizer", "base", "tuned"),
     ],
+    "watch": ["--help", "--json", "--once", "folder"],
     "cache": ["--help"],
     "cache build": [
         *("--data", "--draws", "--help", "--json", "--mass", "--max-entries", "--model", "--on"),

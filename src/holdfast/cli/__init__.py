@@ -8,6 +8,7 @@
     evaluate.py    `holdfast eval`, `holdfast compare`: checkpoints that other tools made
     gate.py        `holdfast gate`: may a model be released; for CI systems
     rewind.py      `holdfast rewind`: back towards the base
+    watch.py       `holdfast watch`: a run as its folder shows it, live
     options.py     what several of them share
     sweep.py       `holdfast sweep`: a search over settings
     theory.py      what `holdfast theory` shows

@@ -17,6 +17,7 @@ from holdfast.cli.mixer import app as mixer
 from holdfast.cli.probes import app as probes
 from holdfast.cli.rewind import rewind
 from holdfast.cli.sweep import sweep
+from holdfast.cli.watch import watch
 from holdfast.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ app.add_typer(probes, name="probes")
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("rewind")(rewind)
+app.command("watch")(watch)
 app.command("sweep")(sweep)
 app.command("gate")(gate)
 
