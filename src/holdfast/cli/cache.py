@@ -41,13 +41,14 @@ def build(
         typer.Option(help="Which rows; as levers.kl_anchor.on where it is not given."),
     ] = None,
     mass: Annotated[
-        float | None, typer.Option(help="Probability that the stored tokens hold, 0 to 1.")
+        float | None, typer.Option(help="Probability that the listed tokens hold, 0 to 1.")
     ] = None,
     max_entries: Annotated[
-        int | None, typer.Option(help="Tokens stored at a position at most, 1 to 128.")
+        int | None, typer.Option(help="Tokens listed for it at most, 1 to 128.")
     ] = None,
     draws: Annotated[
-        int | None, typer.Option(help="Tokens drawn of the rest, times its mass, 0 to 128.")
+        int | None,
+        typer.Option(help="Tokens drawn of the rest, times its mass, 0 to 128."),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="As levers.kl_anchor's where it is not given.")

@@ -25,7 +25,14 @@ import numpy as np
 from holdfast import model as models
 from holdfast.errors import RequestError
 from holdfast.files import full_disk_named
-from holdfast.reference.cache import Identity, Manifest, describe, key_of, pack_order
+from holdfast.reference.cache import (
+    VERSION,
+    Identity,
+    Manifest,
+    describe,
+    key_of,
+    pack_order,
+)
 from holdfast.reference.encoding import COLUMNS, Array, Settings, Stored, encode, frequent_first
 
 if TYPE_CHECKING:
@@ -43,7 +50,7 @@ CHUNK_BYTES = 64 * 2**20
 """Upper size of one chunk's fp32 logits."""
 COMPRESSION_LEVEL = 12
 SPLIT = "BYTE_STREAM_SPLIT"
-"""Low and high bytes of wide numbers lie apart, so that the high ones, mostly 0, cost little."""
+"""The four bytes that Parquet gives any number lie apart: the high ones, mostly 0, cost nothing."""
 
 Progress = Callable[[int, int], None]
 """Called with the positions done and those of the whole shard."""
@@ -170,7 +177,7 @@ def _positions(documents: Sequence[Array]) -> int:
 
 def _part_key(manifest: Manifest, name: str) -> str:
     """What a part was made from, kept in the file: only such a part is taken over."""
-    inputs = [asdict(manifest.identity), asdict(manifest.settings), manifest.rows, name]
+    inputs = [VERSION, asdict(manifest.identity), asdict(manifest.settings), manifest.rows, name]
     return hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()
 
 
@@ -191,7 +198,7 @@ def _whole(path: Path, key: str, known: dict[str, Any] | None) -> dict[str, Any]
     if not path.is_file():
         return None
     try:
-        found = pq.read_schema(path).metadata[b"key"].decode()
+        found = pq.read_metadata(path).metadata[b"key"].decode()
         record = describe(path)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
@@ -275,7 +282,7 @@ def store_chunk(
     start_C: torch.Tensor,
     settings: Settings,
 ) -> Stored:
-    """The fewest entries that hold the mass, the next token, and what is drawn of the rest.
+    """The entries that are listed (see `encoding`), the next token, and what is drawn of the rest.
 
     Args:
         start_C: uniform in [0, 1): where each position's systematic draw begins.
@@ -346,16 +353,15 @@ def _write_part(
     import pyarrow.parquet as pq
 
     order, values = columns
-    wide = {name: pa.from_numpy_dtype(array.dtype) for name, array in values.items()}
     lists = {
-        name: pa.list_(pa.field("element", kind, nullable=False)) for name, kind in wide.items()
+        name: pa.list_(pa.field("element", pa.from_numpy_dtype(array.dtype), nullable=False))
+        for name, array in values.items()
     }
     schema = pa.schema(
         [
             pa.field("document", pa.binary(16), nullable=False),
             *(pa.field(name, kind, nullable=False) for name, kind in lists.items()),
-        ],
-        metadata={"key": key, "order": pack_order(order)},
+        ]
     )
     by_position = np.concatenate([[0], np.cumsum([len(d) - 1 for d in documents])])
     ends = {"position": by_position} | {
@@ -374,12 +380,10 @@ def _write_part(
                 write_statistics=False,
                 write_page_checksum=True,
                 data_page_size=1 << 30,
+                store_schema=False,
                 column_encoding={
                     "document": "PLAIN",
-                    **{
-                        f"{name}.list.element": "PLAIN" if kind.bit_width == 8 else SPLIT
-                        for name, kind in wide.items()
-                    },
+                    **{f"{name}.list.element": SPLIT for name in lists},
                 },
             ) as writer:
                 for first, last in _blocks(by_position):
@@ -390,6 +394,8 @@ def _write_part(
                         offsets = pa.array((bounds - bounds[0]).astype(np.int32))
                         rows[name] = pa.ListArray.from_arrays(offsets, flat, type=lists[name])
                     writer.write_table(pa.table(rows, schema=schema))
+                # not in the Arrow schema, which would be stored a second time
+                writer.add_key_value_metadata({"key": key, "order": pack_order(order)})
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from holdfast.objective import SparseBase
 
-VERSION = 1
-"""Raise it when an older folder could not be read."""
+VERSION = 2
+"""Raise it when an older folder could not be read, or would be read as something else."""
 MANIFEST = "cache.json"
 BLOCKS_KEPT = 64
 """Blocks of about 16k positions that stay decompressed; 64 are some 50 MB."""
@@ -169,7 +169,7 @@ class Part:
         if bytes(self.bytes[:4]) != b"PAR1" or zlib.crc32(self.bytes[start:].data) != checksum:
             raise self.damaged("has a damaged footer")
         self.file = pq.ParquetFile(pa.memory_map(str(path)), page_checksum_verification=True)
-        self.order = _unpack_order(self.file.schema_arrow.metadata[b"order"])
+        self.order = _unpack_order(self.file.metadata.metadata[b"order"])
 
     def damaged(self, how: str) -> RequestError:
         """What to say of a file that is not as it was written."""

@@ -2,9 +2,11 @@
 
 Shape suffixes: M positions, E listed entries, S drawn ones, both without the next tokens.
 
-A position *lists* the fewest tokens that hold `mass` of the base's probability, at most
-`max_entries`, and always the next token of the row. What is left is the tail: its mass T, and some
-of its tokens, each drawn with probability pi_j = min(1, draws p_j). A sum over the tail is
+A position *lists* every token likelier than 1 / draws, always the next token of the row, and at
+least the fewest tokens that hold `mass` of the base's probability, as far as `max_entries` allows.
+What is left is the tail: its mass T, and some of its tokens, each drawn with probability
+pi_j = min(1, draws p_j): of all designs of that many tokens the one of least variance where the
+tuned model is off by the same share everywhere (Neyman 1934). A sum over the tail is
 estimated without bias by the sum over the drawn ones with weights 1 / pi_j, so the shape of the
 tail, which a list of any length cuts off, is kept on average over positions. Only the difference
 from the tuned model is weighted, so that the noise is 0 where there is none.
@@ -40,7 +42,7 @@ Array = NDArray[Any]
 
 KNEE = 4
 """Levels of the linear part that the logarithmic part takes over; its step is 1 / KNEE nats."""
-RATIO_STEPS = 4
+RATIO_STEPS = 8
 """Steps a nat of log(1 / pi)."""
 LOWEST = 80
 """Levels of the logarithmic part: down to KNEE / resolution * exp(-LOWEST / KNEE + 1)."""
@@ -50,13 +52,13 @@ LOWEST = 80
 class Settings:
     """How much of each distribution is kept."""
 
-    mass: float = 0.9
+    mass: float = 0.05
     """Probability that the listed tokens hold, between 0 and 1; fewer where `max_entries` cuts."""
-    max_entries: int = 8
+    max_entries: int = 128
     """Tokens listed at most, 1 to 128, the next token and those likelier than 1 / draws aside."""
-    draws: int = 10
+    draws: int = 12
     """Tokens drawn of the tail for its mass: draws * T of them, 0 to 128. 0: its mass alone."""
-    resolution: int = 512
+    resolution: int = 128
     """Levels of the linear part between 0 and 1; more are finer."""
     temperature: float = 1.0
     """What the logits are divided by; training must use the same."""
@@ -67,13 +69,13 @@ class Settings:
             problems.append(f"mass: {self.mass:g} is not between 0 and 1; give one such as 0.9")
         if not 1 <= self.max_entries <= 128:
             problems.append(
-                f"max_entries: {self.max_entries} is not in 1 to 128; give one such as 8"
+                f"max_entries: {self.max_entries} is not in 1 to 128; give one such as 128"
             )
         if not 0 <= self.draws <= 128:
-            problems.append(f"draws: {self.draws} is not in 0 to 128; give one such as 10")
+            problems.append(f"draws: {self.draws} is not in 0 to 128; give one such as 12")
         if not 16 <= self.resolution <= 32768:
             problems.append(
-                f"resolution: {self.resolution} is not in 16 to 32768; give one such as 512"
+                f"resolution: {self.resolution} is not in 16 to 32768; give one such as 128"
             )
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             problems.append(f"temperature: {self.temperature:g} is not above 0; give 1.0")
