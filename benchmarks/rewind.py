@@ -4,6 +4,7 @@ Each arm is plain fine-tuning, without anything that keeps the base. Of its chec
 `train.keep: best` takes one; then the last one is rewound towards the base.
 
 python benchmarks/rewind.py
+python benchmarks/rewind.py --arm "full fine-tuning"
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import torch
 import typer
@@ -37,20 +39,29 @@ ARMS = {
 }
 
 
-def main(seed: int = 0, threads: int = 1) -> None:
+def main(
+    arm: Annotated[list[str] | None, typer.Option(help="Of ARMS; all of them by default.")] = None,
+    seed: int = 0,
+    threads: int = 1,
+) -> None:
     """Train each arm, choose, rewind, and print the points of both."""
     torch.set_num_threads(threads)
     with TemporaryDirectory() as scratch:
         files = write_files(Path(scratch) / "data", seed=seed)
         texts = Texts(Canary(sources=[Source(path=str(files["canary"]))]), [str(files["probes"])])
-        for number, (arm, words) in enumerate(ARMS.items()):
+        for number, name in enumerate(arm or ARMS):
             started = time.perf_counter()
             out = Path(scratch) / str(number)
-            words = [*words, "train.keep=best", "train.measure_probes=true", "gate.target=report"]
+            words = [
+                *ARMS[name],
+                "train.keep=best",
+                "train.measure_probes=true",
+                "gate.target=report",
+            ]
             run = train(lab_recipe(files, out, words, seed=seed))
             kept = int(str(run.summary["kept"]).split()[1])
             checkpoints = of_run(RunFolder(out).records(), kept)
-            _print(f"{arm}, seed {seed}: its checkpoints", checkpoints)
+            _print(f"{name}, seed {seed}: its checkpoints", checkpoints)
             print(f"kept: {run.summary['kept']}")
             print(f"of what is kept, sealed: {run.verdict.reason if run.verdict else ''}")
             last = out / "checkpoints" / f"checkpoint-{run.summary['steps']}"
@@ -58,7 +69,7 @@ def main(seed: int = 0, threads: int = 1) -> None:
             back = rewind(
                 base, str(last), texts, gate=Gate(margins=MARGINS), tokenizer=base, seed=seed
             )
-            _print(f"{arm}, seed {seed}: rewound, by {back.summary['path']}", back.marks())
+            _print(f"{name}, seed {seed}: rewound, by {back.summary['path']}", back.marks())
             for note in back.notes:
                 print(f"note: {note}")
             print(f"of the point, sealed: {back.verdict.reason if back.verdict else 'the base'}")
