@@ -10,6 +10,7 @@ import pytest
 from holdfast.gate.verdict import Gate, decide
 from holdfast.meters import Reading
 from holdfast.report.data import ReportData
+from holdfast.report.frontier import of_run
 
 
 def sealed(name, values, *, meter="probe", unit="accuracy", tags=()):
@@ -79,6 +80,9 @@ def made_up_readings(rng, steps=400, every=50):
     for layer in range(14):
         add("drift", f"layers.{layer}", steps, 0.004 + 0.0012 * layer % 0.009, unit="relative")
     add("drift", "total", steps, 0.0087, unit="relative")
+    for step, gain, fall in ((100, 0.3, 0.2), (200, 0.5, 0.8), (300, 0.6, 1.4)):
+        add("gain", "target", step, gain, None, "selection", "share")
+        add("worst_fall", "canary/<i>web</i>", step, fall, None, "selection", "margins")
     add("alarm", "canary/web", 300, 1.0, None, "selection", "")
     add("alarm", "wiring/<b>base</b>", 50, 1.0, None, "selection", "")
     return records
@@ -86,10 +90,12 @@ def made_up_readings(rng, steps=400, every=50):
 
 def made_up_run(*, bad=True, title="invoice-assistant-3b"):
     rng = np.random.default_rng(7)
+    verdict, readings = made_up_verdict(rng, bad=bad), made_up_readings(rng)
     return ReportData(
         title=title,
-        verdict=made_up_verdict(rng, bad=bad),
-        readings=made_up_readings(rng),
+        verdict=verdict,
+        readings=readings,
+        frontier=of_run(readings, kept=200),
         recipe={
             "model": {"name": "org/base-3b", "revision": "8f1c2ab"},
             "levers": {

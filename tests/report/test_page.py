@@ -99,11 +99,23 @@ def test_its_size_is_that_of_plotly_and_little_more(html):
     assert len(get_plotlyjs()) < len(html) < len(get_plotlyjs()) + 400_000
 
 
+def test_the_frontier_has_base_checkpoints_and_the_one_that_is_kept(run):
+    """Of the last one's gain of 0.6 the kept checkpoint has 0.5."""
+    figure = next(figure for figure in all_figures(run) if figure.key == "frontier")
+    points = {trace["name"]: trace for trace in figure.spec["data"]}
+    assert points["chosen"]["text"] == ["step 200"]
+    assert points["chosen"]["x"] == [pytest.approx(500 / 6)]
+    assert points["chosen"]["y"] == [0.8]
+    assert points["within margin"]["text"] == ["base", "step 100"]
+    assert points["beyond margin"]["text"] == ["step 300"]
+    assert points["beyond margin"]["hovertext"] == ["canary/&lt;i&gt;web&lt;/i&gt;"]
+
+
 def test_its_figures_are_the_places_and_the_specs(page, run):
     specs = json.loads(page.scripts[0])
     places = [a["data-figure"] for tag, a in page.tags if tag == "div" and "data-figure" in a]
     assert places == list(specs) == [figure.key for figure in all_figures(run)]
-    assert places == ["changes", "accuracies", "loss", "canary", "probes", "fall-nats",
+    assert places == ["frontier", "changes", "accuracies", "loss", "canary", "probes", "fall-nats",
                       "evidence-alarms", "drift", "optimizer", "tokens"]  # fmt: skip
 
 
