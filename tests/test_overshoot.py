@@ -81,6 +81,29 @@ def test_whatever_the_way_it_ends_within_by_the_upper_bound(
     assert end * way.gone**power <= 0.01
 
 
+def test_where_the_rise_falls_faster_it_goes_forward_again() -> None:
+    """A rise of s^4: sqrt(0.9 / 10) of the way leaves 0.08 of the budget, (0.9 / 10)^(1/4) 0.9."""
+    way = Way(end=0.1, power=4.0)
+    found = settled(way)
+    assert way.reads == 3
+    assert way.gone == pytest.approx(found.scale) == pytest.approx(0.09**0.25)
+    assert found.worst == pytest.approx(0.9, rel=1e-4)
+
+
+def test_what_is_over_on_the_way_forward_is_taken_back() -> None:
+    way = Way(end=0.1, power=4.0)
+    read, asked = way.read, []
+
+    def jumping() -> list[Reading]:
+        asked.append(way.gone)
+        return [reading(0.5)] if len(asked) == 3 else read()
+
+    found = settle(way.start, jumping, [reading(0.0)], {"canary": "1%"}, 0.05)
+    assert asked[2] > asked[1]
+    assert way.gone == pytest.approx(found.scale) == pytest.approx(asked[1])
+    assert found.worst < 0.1
+
+
 def test_weights_that_are_no_numbers_are_taken_back_to_the_base() -> None:
     way = Way(end=math.nan)
     found = settle(

@@ -3,8 +3,8 @@
 Rises and their errors are in budgets: 1 is all that may be forgotten. At each check
 
     u = max_i (r_i + Z s_i)                  upper estimate of the worst rise
-    g = min(u - 1, STEEPEST)                 where u > 1: it may be over
-        u - SLACK                            where u < SLACK: even so it is well within
+    g = min(u - 1, 1)                        where u > 1: it may be over
+        max(u / SLACK - 1, -1)               where u < SLACK: even so it is well within
         0                                    in between: nothing moves
     x <- min(max(x + GAIN g, LOW), HIGH)
 
@@ -12,10 +12,11 @@ x is the log of the multiplier, so this is the exponential method of multipliers
 lambda <- lambda exp(c g): the augmented Lagrangian whose multiplier cannot become negative and
 whose steps ask for no scale. One multiplier serves all constraints, since one anchor does: that of
 their maximum. What x stands for, in this order (`strengths`): the weight of what holds the base,
-from 1/16 to 16 times the recipe's; then the lesson's share of the tokens, down to half; then the
-step size, down to an eighth. Where nothing holds the base (`held`), it is the step size alone.
-In the second half of a run (`late`) the step size is not made smaller any more: what was forgotten
-by then is repaired by the anchor's steps, and smaller ones would keep it.
+from 1/16 to 4 times the recipe's; then the lesson's share of the tokens, down to half; then the
+step size, down to half. Where nothing holds the base (`held`), it is the step size alone.
+Not more weight than that: Adam's steps are as long whatever the loss weighs, so what is nearly all
+anchor walks on the noise of a few anchor rows. Nor a smaller step: what was forgotten early is
+repaired by later steps, and small ones keep it.
 
 r_i is taken as a random walk seen through noise, so that checks which each read a part of the texts
 add up (`heard`): at each one its variance grows by (DRIFT max(1, |reading|))^2, then the
@@ -35,13 +36,12 @@ Z = 1.0
 """Standard errors that an upper estimate lies above the estimate."""
 SLACK = 0.5
 """Below this many budgets, by the upper estimate, the anchor is relaxed."""
-STEEPEST = 2.0
-"""Largest excess that counts at once: a rise of ten budgets moves x as one of three does."""
-GAIN = 0.7
-"""To second order a rise falls as 1 / weight^2, so that 1/2 would cancel a small excess at once."""
+GAIN = 0.35
+"""To second order a rise falls as 1 / weight^2: 1/2 would cancel a small excess at once, but a rise
+follows the weight only some steps later."""
 DRIFT = 0.5
 """How far a rise wanders from one check to the next: in budgets, or in parts of itself."""
-WEIGHT_MOST, SHARE_LEAST, RATE_LEAST = 16.0, 0.5, 0.125
+WEIGHT_LEAST, WEIGHT_MOST, SHARE_LEAST, RATE_LEAST = 0.0625, 4.0, 0.5, 0.5
 _WEIGHT, _SHARE, _RATE = math.log(WEIGHT_MOST), -math.log(SHARE_LEAST), -math.log(RATE_LEAST)
 
 
@@ -89,18 +89,16 @@ def heard(before: Level | None, rise: float, stderr: float) -> Level:
     return Level(before.mean + trust * (rise - before.mean), (1 - trust) * wandered)
 
 
-def bounds(held: bool = True, late: bool = False) -> tuple[float, float]:
+def bounds(held: bool = True) -> tuple[float, float]:
     """LOW and HIGH."""
-    if not held:
-        return 0.0, _RATE
-    return -_WEIGHT, _WEIGHT + _SHARE + (0.0 if late else _RATE)
+    return (math.log(WEIGHT_LEAST), _WEIGHT + _SHARE + _RATE) if held else (0.0, _RATE)
 
 
-def moved(x: float, worst: float, held: bool = True, late: bool = False) -> float:
+def moved(x: float, worst: float, held: bool = True) -> float:
     """The multiplier's log after a check whose worst upper estimate was `worst` budgets."""
-    over, under = min(max(worst - 1, 0.0), STEEPEST), min(max(SLACK - worst, 0.0), STEEPEST)
-    low, high = bounds(held, late)
-    return min(max(x + GAIN * (over - under), low), max(high, x))
+    over, under = min(max(worst - 1, 0.0), 1.0), min(max(1 - worst / SLACK, 0.0), 1.0)
+    low, high = bounds(held)
+    return min(max(x + GAIN * (over - under), low), high)
 
 
 def strengths(x: float, held: bool = True) -> Strengths:

@@ -155,7 +155,7 @@ def test_a_loss_that_is_no_number_is_over_every_budget() -> None:
 
 
 def test_it_gives_up_once_nothing_is_left_to_tighten_and_says_what_was_reached() -> None:
-    lever, memory = Forgetting(budget="0.01%"), Memory()
+    lever, memory = Forgetting(budget="1%"), Memory()
     stops = []
     for _ in range(20):
         stops.append(check(lever, memory, risen(0.05), left=0.9).stop)
@@ -168,7 +168,14 @@ def test_it_gives_up_once_nothing_is_left_to_tighten_and_says_what_was_reached()
     assert stops[-1] is not None
     assert "cannot be met" in stops[-1]
     assert stops[-1].count("budgets;") == len(stops) - 1, "a point of the frontier for each check"
-    assert len(stops) >= PATIENCE + 4
+    assert len(stops) >= PATIENCE + 7
+
+
+def test_it_gives_up_soon_on_what_is_hopeless() -> None:
+    lever, memory = Forgetting(budget="0.01%"), Memory()
+    stops = [check(lever, memory, risen(0.05), left=0.9).stop for _ in range(PATIENCE + 1)]
+    assert stops[:-1] == [None] * PATIENCE, "the first one may yet be falling"
+    assert "cannot be met" in str(stops[-1])
 
 
 def test_it_does_not_give_up_while_a_rise_is_being_repaired() -> None:

@@ -32,14 +32,14 @@ CHECKS = 12
 """Readings while training, where `train.measure_every` says nothing else."""
 DOCUMENTS = 32
 """Texts of a domain that a reading takes; another part of them each time."""
-PATIENCE = 2
-"""Checks in a row with nothing left to tighten, after which a budget cannot be met."""
+PATIENCE = 3
+"""Checks in a row with nothing left to tighten, or hopeless, after which a budget cannot be met."""
+HOPELESS = 10.0
+"""Budgets, by the lower estimate, that no strength within its bounds brings back."""
 
 
 BROKEN = 1e9
 """Budgets that a loss counts as which is no number."""
-HALF = 0.5
-"""Share of the steps still to come, below which the step size is left alone."""
 FALLING = 0.9
 """A rise that came down to this part of what it was is being repaired."""
 
@@ -90,23 +90,22 @@ class Forgetting(Lever):
         culprit = broken[0] if broken else max(levels, key=lambda name: levels[name].upper)
         allowed = 1.0 + ctx.left
         x, held = memory.get("x", 0.0), memory.get("held", False) or ctx.held
-        late = ctx.left < HALF
-        memory["x"], memory["held"] = moved(x, worst / allowed, held, late), held
+        memory["x"], memory["held"] = moved(x, worst / allowed, held), held
         self._tell(ctx, memory, x, worst / allowed, culprit)
         lesson = [r.value for r in readings if (r.meter, r.split) == ("lesson", "selection")]
         memory.setdefault("frontier", []).append(
             [ctx.step, sum(lesson) / len(lesson) if lesson else None, worst, culprit]
         )
-        over = any(level.lower > allowed for level in levels.values()) or bool(broken)
+        least = BROKEN if broken else max(level.lower for level in levels.values())
         falling = worst < FALLING * memory.get("worst", math.inf)
-        spent = x >= bounds(held, late)[1]
-        memory["stuck"] = memory.get("stuck", 0) + 1 if over and spent and not falling else 0
+        lost = least > HOPELESS or (least > allowed and x == bounds(held)[1])
+        memory["stuck"] = memory.get("stuck", 0) + 1 if lost and not falling else 0
         memory["worst"] = worst
         if memory["stuck"] >= PATIENCE:
             ctx.stop = (
-                f"levers.forgetting.budget: cannot be met: {culprit} is at {worst:.2f} budgets "
-                "with anchor, shares and step size at their bounds; allow more, or take out "
-                f"rows that contradict what must stay. Reached: {'; '.join(reached(memory))}"
+                f"levers.forgetting.budget: cannot be met: {culprit} is at {worst:.2f} budgets, "
+                "and no strength within its bounds brings it back; allow more, or take out rows "
+                f"that contradict what must stay. Reached: {'; '.join(reached(memory))}"
             )
 
     def _tell(
