@@ -13,7 +13,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
 from holdfast import run
+from holdfast.cli import main
 from holdfast.errors import RequestError
 from holdfast.gate.verdict import Gate
 from holdfast.meters import Reading, Split
@@ -200,6 +202,39 @@ def test_targets_that_are_answered_count_before_the_lessons_loss() -> None:
     assert found == (0.5, pytest.approx(0.02 / (0.02 * 2.055)), "canary/old")
     with pytest.raises(RequestError, match="nothing to search by"):
         scored(BEFORE, [canary(2.02)], Gate())
+
+
+def test_from_the_command_line_on_a_real_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two trials of three steps, pictures and recipes included; the recommended recipe trains."""
+    tiny.save(tmp_path / "base", tiny.tiny("Llama"), tiny.letters())
+    lesson = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}."} for n in range(40)]
+    tiny.jsonl(tmp_path / "lesson.jsonl", lesson)
+    prose = [
+        {"text": f"it was day {n} and the cat sat {'on ' * (n % 3)}the mat."} for n in range(16)
+    ]
+    tiny.jsonl(tmp_path / "prose.jsonl", prose)
+    out = tmp_path / "out"
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {tmp_path / 'base'}\n"
+        f"data: {{sources: [{tmp_path / 'lesson.jsonl'}], max_length: 24}}\n"
+        f"canary: {{sources: [{tmp_path / 'prose.jsonl'}]}}\n"
+        "train: {steps: 3, batch_tokens: 128, measure_every: 2}\n"
+        "levers: {kl_anchor: {self_generated: {rows: 4, max_new_tokens: 8}}}\n"
+    )
+    words = ["sweep", str(tmp_path / "recipe.yaml"), "--forget", "90%", "--trials", "2"]
+    words += ["--over", "levers.budget.learning_rate=1e-4:1e-3:log", "--out", str(out)]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["trials"] + found["pruned"] == 2
+    assert found["recommended"]["worst"] < 1
+    recommended = load_recipe(out / "recommended.yaml")
+    assert recommended.gate.margins == {"canary": "90%"}
+    assert 1e-4 <= float(recommended.levers.budget.learning_rate) <= 1e-3
+    assert main(words) == 0, "nothing is left to run"
+    assert "recommended" in capsys.readouterr().out
+    assert main(["sweep", str(tmp_path / "recipe.yaml"), "--out", str(out)]) == 2
 
 
 POINTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12)
