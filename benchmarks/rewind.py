@@ -43,11 +43,14 @@ def main(
     arm: Annotated[list[str] | None, typer.Option(help="Of ARMS; all of them by default.")] = None,
     seed: int = 0,
     threads: int = 1,
+    every: Annotated[int, typer.Option(help="Of the probes' items every so many-th is read.")] = 4,
 ) -> None:
     """Train each arm, choose, rewind, and print the points of both."""
     torch.set_num_threads(threads)
     with TemporaryDirectory() as scratch:
         files = write_files(Path(scratch) / "data", seed=seed)
+        lines = files["probes"].read_text().splitlines()
+        files["probes"].write_text("\n".join(lines[::every]) + "\n")
         texts = Texts(Canary(sources=[Source(path=str(files["canary"]))]), [str(files["probes"])])
         for number, name in enumerate(arm or ARMS):
             started = time.perf_counter()

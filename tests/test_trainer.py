@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import holdfast.trainer
+import tiny
 from holdfast import chunks
 from holdfast.data.example import Role
 from holdfast.data.stream import Stream
@@ -354,3 +356,17 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     assert parallel["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert parallel["readings"] == pytest.approx(alone["readings"], rel=1e-3, abs=1e-6)
     torch.testing.assert_close(parallel["weights"], alone["weights"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("missing", "said"), [(["lm_head.weight"], 0), (["norm.weight"], 1)])
+def test_of_a_tied_head_nothing_is_said(
+    missing: list[str], said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is saved once, as the embedding; transformers misses it as it loads a checkpoint."""
+    lines: list[str] = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lines.append)
+    cls = holdfast.trainer.HoldfastTrainer
+    trainer = cls.__new__(cls)
+    trainer.model = tiny.tiny("Llama", tie_word_embeddings=True)
+    trainer._issue_warnings_after_load(SimpleNamespace(missing_keys=missing, unexpected_keys=[]))
+    assert len(lines) == said

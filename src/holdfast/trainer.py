@@ -323,6 +323,12 @@ class HoldfastTrainer(Trainer):
             self.stopped = self.stopped or "train.patience: no checkpoint was better for so long"
         return metrics
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Of tensors that are another's alias, and so were not saved, nothing is said."""
+        tied: set[str] = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     @property
     def kept_step(self) -> int:
         """The step whose weights the model has when training is over."""
