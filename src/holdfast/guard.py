@@ -16,7 +16,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -25,16 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field, ValidationError
+from rich.console import Console
 from transformers import TrainerCallback
 
 from holdfast import model as models
+from holdfast.alarms.rules import Alarms
+from holdfast.alarms.wiring import Wires
 from holdfast.artifact import RunFolder
 from holdfast.choice import METRIC, Choice, gain, noted, score
 from holdfast.data.readers import local_path
 from holdfast.data.rows import check_rows
 from holdfast.errors import RequestError
 from holdfast.explain import explain
-from holdfast.gate.verdict import Gate, GateResult, decide
+from holdfast.gate.verdict import Gate, GateResult, decide, halted
 from holdfast.measure import (
     LONGEST,
     Measure,
@@ -49,12 +52,14 @@ from holdfast.meters.probes import allow_code, load_items, require_both_halves
 from holdfast.meters.ranks import read_ranks
 from holdfast.meters.recovery import recovery_examples
 from holdfast.meters.routing import Routing
+from holdfast.patrol import Patrol
 from holdfast.reference import Reference
 from holdfast.reference.adapter_off import AdapterOff
 from holdfast.report.frontier import of_run, told
 from holdfast.report.items import worst_changed
 from holdfast.report.page import ReportData, write_report
 from holdfast.section import Section
+from holdfast.trackers import Trackers
 
 LOGGED = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
 """What a trainer logs under which name, and the meter it is kept as."""
@@ -73,6 +78,8 @@ class Settings(Section):
     """The run folder; it must not exist yet, or be empty, unless training is resumed."""
     gate: Gate = Gate()
     """How much may be forgotten."""
+    alarms: Alarms = Alarms()
+    """What is watched while training goes on. `none` turns it off."""
     measure_probes: bool = False
     """Read the probes while training, too, on their selection half; the gate then judges the other
     half alone. false: only before and after, and the gate has all items."""
@@ -125,6 +132,16 @@ class Guard(TrainerCallback):
         self.folder = Path(self.settings.out)
         self._tokenizer = tokenizer
         self._watch: _Watch | None = None
+        self._trackers: Trackers | None = None
+
+    def attach(self, trainer: Any) -> Guard:
+        """Add it to a trainer, and hand every reading to what that reports to (`report_to`).
+
+        `trainer.add_callback(guard)` alone does the first; no callback knows the others.
+        """
+        self._trackers = Trackers(trainer)
+        trainer.add_callback(self)
+        return self
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -137,6 +154,8 @@ class Guard(TrainerCallback):
         _require_whole(model)
         with _undisturbed(model):
             self._watch = _Watch.begin(self, model, tokenizer, state)
+        if self._watch.patrol is not None:
+            self._watch.patrol.on_train_begin(args, state, control)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -146,6 +165,10 @@ class Guard(TrainerCallback):
         if self._watch is not None and step % self.settings.every == 0 and step < state.max_steps:
             with _undisturbed(model):
                 self._watch.glance(model, step)
+        if self._watch is not None and self._watch.patrol is not None:
+            with _undisturbed(model):
+                optimizer = kwargs.get("optimizer")
+                self._watch.patrol.on_step_end(args, state, control, model, optimizer)
 
     def on_evaluate(
         self,
@@ -165,7 +188,7 @@ class Guard(TrainerCallback):
         """Keep the losses that the trainer logs."""
         known = {LOGGED[name]: value for name, value in (logs or {}).items() if name in LOGGED}
         if self._watch is not None and known:
-            self._watch.keep(
+            self._watch.append(
                 Reading(meter, "total", "train", state.global_step, float(value), None, 1)
                 for meter, value in known.items()
             )
@@ -180,6 +203,8 @@ class Guard(TrainerCallback):
                 kept = best if _chooses(args) and best else state.global_step
                 self.verdict = self._watch.end(model, state.global_step, kept)
             self._watch = None
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 class _Watch:
@@ -195,6 +220,8 @@ class _Watch:
         self.reference: Reference | None = None
         self.routed: Routing | None = None
         self.looked_at: tuple[int, list[Reading]] = (0, [])
+        self.patrol: Patrol | None = None
+        self.trackers = guard._trackers
         self.started, self.reading = time.perf_counter(), 0.0
 
     @classmethod
@@ -210,6 +237,7 @@ class _Watch:
                 folder.rewind_readings(state.global_step)
             else:
                 watch.folder = None
+            watch.post(folder.alarm_lines(state.global_step))
             return watch
         with ExitStack() as stack:
             folder_or_none = None
@@ -222,6 +250,8 @@ class _Watch:
             if watch.folder is not None:
                 watch.folder.merge(watch.before)
                 watch.folder.save_before(watch.before)
+            watch.hand(watch.before)
+            watch.post()
         return watch
 
     @classmethod
@@ -278,9 +308,42 @@ class _Watch:
         self.reading += time.perf_counter() - started
         return found
 
-    def keep(self, readings: Any) -> None:
+    def post(self, lines: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Set the alarms, where they are asked for, from the lines of a run that is resumed on."""
+        settings = self.settings
+        if settings.alarms.enabled:
+            self.patrol = Patrol(
+                settings.alarms,
+                settings.gate,
+                self.before,
+                self.measure,
+                self.folder,
+                wires=self.wires,
+                record=self.keep,
+                console=Console(),
+                seed=settings.seed,
+                lines=lines,
+            )
+
+    def wires(self, step: int, optimizer: Any) -> Wires:
+        """What can be told of another trainer's run: whether it moves the weights at all."""
+        assert self.start is not None
+        rates = [group["lr"] for group in getattr(optimizer, "param_groups", ())]
+        # those of the next step; that of the first may be zero
+        rate = max(rates, default=0.0) if step > 2 else 0.0
+        return Wires(step, self.start.displacement().norm, rate=float(rate))
+
+    def append(self, readings: Iterable[Reading]) -> None:
         if self.folder is not None:
             self.folder.append(readings)
+
+    def hand(self, readings: Sequence[Reading]) -> None:
+        if self.trackers is not None:
+            self.trackers.hand(readings)
+
+    def keep(self, readings: Sequence[Reading]) -> None:
+        self.append(readings)
+        self.hand(readings)
 
     def glance(self, model: Any, step: int) -> list[Reading]:
         """What may be looked at; read once a step."""
@@ -317,12 +380,17 @@ class _Watch:
         after = self.timed(lambda: self.measure.whole(model, step, self.reference))
         gate = self.settings.gate
         verdict = decide(self.before, after, gate) if gate.enabled else None
+        stopped_by = self.patrol.stopped_by if self.patrol else {}
+        if verdict and stopped_by:
+            verdict = halted(verdict, stopped_by)
         if self.folder is None or self.start is None:
             return verdict
         displacement = self.start.displacement()
         ranks = read_ranks(self.start, step) if hasattr(model, "peft_config") else []
         once, _ = self.measure.afterwards(model, self.start, self.before, after, self.routed, step)
-        self.folder.merge([*after, *once, *displacement.readings(step), *ranks])
+        found = [*after, *once, *displacement.readings(step), *ranks]
+        self.folder.merge(found)
+        self.hand(found)
         self.folder.write_items(self.before, after)
         seconds = time.perf_counter() - self.started
         frontier = of_run(self.folder.records(), step)
@@ -330,6 +398,8 @@ class _Watch:
             "steps": last,
             **({"kept": told(frontier)} if frontier else {}),
             "relative_displacement": displacement.relative,
+            "stopped": "; ".join(stopped_by.values()) or None,
+            **(self.patrol.summary() if self.patrol else {}),
             "seconds": round(seconds, 1),
             "seconds_reading": round(self.reading, 1),
             **self.summary,

@@ -84,6 +84,7 @@ def train(
         RequestError: the recipe, its data, its model or the run folder cannot be used.
     """
     from holdfast.patrol import patrol
+    from holdfast.trackers import Trackers
 
     console = console or Console(quiet=True)
     recipe = settled(recipe.with_mixer())
@@ -131,6 +132,8 @@ def train(
         trainer = _trainer(prepared, folder, measure, before, console, watch)
     _keep_mixer(recipe, folder.path)
     checkpoint = _resume_point(folder)
+    trackers = Trackers(trainer, before)
+    trainer.record = trackers.after(folder.append)
     patrolled = patrol(prepared, trainer, measure, before, folder, console, checkpoint)
     with full_disk_named(folder.checkpoints):
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -146,7 +149,10 @@ def train(
     displacement = trainer.start.displacement()
     ranks = [] if recipe.levers.adapter.off else read_ranks(trainer.start, kept)
     walk = _walk(trainer, folder, kept).read(displacement, kept)
-    folder.merge([*after, *once, *displacement.readings(kept), *ranks, *walk])
+    last = [*after, *once, *displacement.readings(kept), *ranks, *walk]
+    folder.merge(last)
+    trackers.hand(last)
+    trackers.close()
     folder.write_items(before, after)
     verdict = decide(before, after, recipe.gate) if recipe.gate.enabled else None
     stopped_by = patrolled.stopped_by if patrolled else {}
