@@ -348,3 +348,30 @@ def test_a_score_without_a_target_is_refused(inputs: Path, tmp_path: Path) -> No
     trainer.args.metric_for_best_model = "holdfast"
     with pytest.raises(RequestError, match=r"no target is read .* give probes tagged target"):
         guard.on_evaluate(trainer.args, trainer.state, trainer.control, trainer.model, {})
+
+
+def test_an_alarm_may_end_another_trainers_run(inputs: Path, tmp_path: Path) -> None:
+    alarms = {"every": 1, "block": 4, "stop": True}
+    guard = guard_of(inputs, tmp_path / "run", alarms=alarms, every=100)
+    trainer = plain(tmp_path / "hf", guard, lora=False)
+    trainer.args.learning_rate = 10.0
+    trainer.train()
+    assert trainer.state.global_step < STEPS
+    assert (tmp_path / "hf" / f"checkpoint-{trainer.state.global_step}").is_dir()
+    assert guard.verdict is not None
+    assert (str(guard.verdict.verdict), guard.verdict.exit_code) == ("FAIL", 3)
+    assert "canary/prose" in guard.verdict.reason
+    lines = (tmp_path / "run" / "alarms.jsonl").read_text().splitlines()
+    assert [alarm["name"] for alarm in json.loads(lines[-1])["alarms"]] == ["canary/prose"]
+
+
+def test_an_adapter_that_moves_nothing_is_told(inputs: Path, tmp_path: Path) -> None:
+    guard = guard_of(inputs, tmp_path / "run", alarms={"every": 2}, every=100)
+    trainer = sft(tmp_path / "hf", guard, lora=True)
+    for module in trainer.model.modules():
+        if isinstance(scaling := getattr(module, "scaling", None), dict):
+            scaling.update(dict.fromkeys(scaling, 0.0))  # as a rank of zero would
+    trainer.train()
+    lines = (tmp_path / "run" / "alarms.jsonl").read_text().splitlines()
+    raised = [(line["step"], a["name"]) for line in map(json.loads, lines) for a in line["alarms"]]
+    assert raised == [(4, "wiring/nothing_moves")]

@@ -202,9 +202,9 @@ class Guard(TrainerCallback):
                 best = state.best_global_step if args.load_best_model_at_end else None
                 kept = best if _chooses(args) and best else state.global_step
                 self.verdict = self._watch.end(model, state.global_step, kept)
+            if self._watch.trackers is not None:
+                self._watch.trackers.close()
             self._watch = None
-        if self._trackers is not None:
-            self._trackers.close()
 
 
 class _Watch:
