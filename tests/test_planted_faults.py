@@ -41,9 +41,8 @@ def test_replay_of_the_wrong_domain(files: dict[str, Path], tmp_path: Path) -> N
     crossed = files | {"replay": jsonl(tmp_path / "replay.jsonl", rows)}
     more = ("train.batch_tokens=512", "levers.replay.fraction=0.3")  # some rows of it in each step
     seen = lab_run(crossed, tmp_path / "run", *more)
-    assert seen.alarms == {
-        "wiring/replay_strays": 3 * EVERY
-    }  # of fewer than 8 rows nothing is said
+    # of fewer than 8 rows nothing is said
+    assert seen.alarms == {"wiring/replay_strays": 3 * EVERY}
 
 
 def test_an_adapter_of_rank_zero(
