@@ -41,12 +41,12 @@ SURFACE = {
         "--dim", "--draws", "--fisher-noise", "--help", "--json", "--learnt", "--overlap", "--seed"
     ],
     "eval": [
-        *("--canary", "--dtype", "--help", "--json", "--out", "--probes", "--run-generated-code"),
-        *("--tokenizer", "model"),
+        *("--canary", "--dtype", "--help", "--json", "--lesson", "--out", "--probes"),
+        *("--run-generated-code", "--tokenizer", "model"),
     ],
     "compare": [
-        *("--canary", "--dtype", "--help", "--json", "--out", "--probes", "--ranks"),
-        *("--run-generated-code", "--seed", "--tokenizer", "base", "tuned"),
+        *("--canary", "--dtype", "--fisher", "--help", "--json", "--lesson", "--out", "--probes"),
+        *("--ranks", "--run-generated-code", "--seed", "--tokenizer", "base", "tuned"),
     ],
     "rewind": [
         *("--canary", "--dtype", "--help", "--json", "--margin", "--out", "--path", "--probes"),

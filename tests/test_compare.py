@@ -20,7 +20,7 @@ from holdfast.compare import compare
 from holdfast.data.rows import Source
 from holdfast.errors import RequestError
 from holdfast.gate.render import show_difference
-from holdfast.measure import shared_documents
+from holdfast.measure import shared_documents, taught_documents
 from holdfast.meters.canary import Canary, read_bits, read_canary
 from holdfast.pair import Texts
 
@@ -304,6 +304,55 @@ def test_a_model_that_breaks_down_later_leaves_nothing(
     with pytest.raises(RequestError, match="logits are not finite"):
         compare(str(made / "start"), str(made / "tuned"), texts, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lesson_is_read_of_two_checkpoints(made: Path, holdfast: Cli, tmp_path: Path) -> None:
+    """Its loss is transformers' own over the responses; what else needs a lesson is read too."""
+    from transformers import AutoModelForCausalLM
+
+    rows = [{"prompt": f"is {n} odd?", "completion": f" well {'yes' if n % 2 else 'no'}."}
+            for n in range(40)]  # fmt: skip
+    lesson = tiny.jsonl(tmp_path / "lesson.jsonl", rows)
+    asked = [{**item, "tags": ["adoption"]} for item in WRITTEN]
+    asked_file = str(tiny.jsonl(tmp_path / "asked.jsonl", asked))
+    words = [*files(made), "--probes", asked_file, "--lesson", str(lesson), "--json"]
+    tuned = made / "adapter_of_start"
+    found = json.loads(holdfast("compare", str(made / "start"), str(tuned), *words).out)
+    readings = {(r["meter"], r["name"], r["step"]): r["value"] for r in found["readings"]}
+    model, losses = AutoModelForCausalLM.from_pretrained(made / "start"), []
+    for one in taught_documents([Source(path=str(lesson))], tiny.letters(), 64):
+        if one.split == "sealed":
+            ids, mask = torch.tensor([one.text.input_ids]), torch.tensor([one.text.loss_mask])
+            with torch.no_grad():
+                loss = model(input_ids=ids, labels=ids.masked_fill(~mask, -100)).loss
+            losses.append(float(loss))
+    assert len(losses) < 40
+    assert readings["lesson", "lesson", 0] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert readings["kl", "new/lesson", 1] > 0
+    for known in (("collapse", "excess", 1), ("over_application", "words", 0),
+                  ("over_application", "words", 1)):  # fmt: skip
+        assert 0 <= readings[known] <= 1
+    (row,) = [row for row in found["verdict"]["rows"] if row["name"] == "lesson"]
+    assert row["kind"] == "target"
+
+    other = holdfast("compare", str(made / "start"), str(made / "other"), *words)
+    meters = {r["meter"] for r in json.loads(other.out)["readings"]}
+    assert "over_application" in meters
+    assert not {"lesson", "collapse", "kl"} & meters
+
+
+def test_fisher_predicts_the_kl_of_a_small_change(made: Path, tmp_path: Path) -> None:
+    """In random directions what a diagonal leaves out is 0 on average; the measured KL is exact."""
+    base = tiny.tiny("Llama")
+    tiny.moved(base, spread=0.003)
+    near = str(tiny.save(tmp_path / "near", base, tiny.letters()))
+    texts = Texts(Canary(sources=[Source(path=str(made / "prose.jsonl"))]))
+    found = compare(str(made / "start"), near, texts, fisher=True).after
+    fisher = {r.name: r.value for r in found if r.meter == "fisher"}
+    (kl,) = [r.value for r in found if r.meter == "kl"]
+    assert fisher["predicted"] > 0
+    assert fisher["predicted / kl old/prose"] == pytest.approx(fisher["predicted"] / kl)
+    assert 0.5 < fisher["predicted / kl old/prose"] < 2  # F is of sampled labels: it scatters
 
 
 def test_a_mixture_tells_what_became_of_its_routing(made: Path, tmp_path: Path) -> None:

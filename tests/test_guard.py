@@ -173,6 +173,37 @@ def test_training_does_not_notice_it(make: Any, lora: bool, inputs: Path, tmp_pa
     assert row.n == sum((p["name"], p["split"]) == ("sums", "sealed") for p in pairs) < 8
 
 
+def test_a_lesson_that_it_is_told_of_is_read_too(inputs: Path, tmp_path: Path) -> None:
+    """All that a run of ours reads of its lesson, and of the path that the weights took."""
+    rows = [{"prompt": f"is {n} odd?", "completion": f" well {'yes' if n % 2 else 'no'}."}
+            for n in range(40)]  # fmt: skip
+    asked = [
+        {"id": f"{n}", "probe": "neighbours", "kind": "exact", "prompt": f"{n}", "target": "b",
+         "stop": ["."], "max_new_tokens": 8, "tags": ["adoption"]} for n in range(4)
+    ]  # fmt: skip
+    guard = guard_of(
+        inputs,
+        tmp_path / "run",
+        lesson=str(tiny.jsonl(tmp_path / "lesson.jsonl", rows)),
+        probes=str(tiny.jsonl(tmp_path / "asked.jsonl", asked)),
+    )
+    sft(tmp_path / "out", guard, lora=True).train()
+    found = records(tmp_path / "run")
+    at = {step: {(r["meter"], r["name"]) for r in found if r["step"] == step}
+          for step in range(STEPS + 1)}  # fmt: skip
+    for step in (0, STEPS):
+        assert {("lesson", "lesson"), ("over_application", "neighbours")} <= at[step]
+    assert {("kl", "new/lesson"), ("collapse", "excess"), ("walk", "walked")} <= at[STEPS]
+    assert [step for step in at if ("gradient_near_zero", "total") in at[step]] == [2, 4, 6]
+    logged = {(r["meter"], r["step"]): r["value"] for r in found if r["name"] == "total"}
+    walked = sum(
+        logged["learning_rate", step] * min(1.0, logged["grad_norm", step])
+        for step in range(1, STEPS + 1)
+    )
+    (walk,) = [r["value"] for r in found if (r["meter"], r["name"]) == ("walk", "walked")]
+    assert walk == pytest.approx(walked)
+
+
 def test_the_last_reading_is_that_of_the_trained_model(inputs: Path, tmp_path: Path) -> None:
     """The value is computed here once more, with transformers' own loss."""
     trainer = sft(tmp_path / "out", guard_of(inputs, tmp_path / "run"), lora=True)

@@ -420,6 +420,7 @@ def test_all_is_measured_before_and_after(whole: Path) -> None:
         } == wanted  # fmt: skip
     assert {"effective_rank", "stable_rank"} <= {key[1] for key in found if key[0] == STEPS}
     assert {key[0] for key in found if key[1] == "canary"} == {0, 2, 4, STEPS}
+    assert {key[0] for key in found if key[1:3] == ("gradient_near_zero", "total")} == {2, 4}
     sealed_while_training = [k for k in found if k[3] == "sealed" and 0 < k[0] < STEPS]
     assert sealed_while_training == []
     assert found[STEPS, "probe", "sums", "sealed"] != found[0, "probe", "sums", "sealed"]

@@ -7,6 +7,7 @@ likelihood items are refused, and the verdict is never PASS.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from holdfast.gate.verdict import Gate, GateResult
 from holdfast.measure import (
     Measure,
     require_finite,
-    routing_changes,
     text_documents,
 )
 from holdfast.meters import Reading
@@ -30,6 +30,7 @@ from holdfast.meters.routing import Routing
 from holdfast.pair import (
     QUIET,
     TUNED_STEP,
+    Pair,
     Texts,
     asked,
     decided,
@@ -87,7 +88,7 @@ def evaluate(
         RequestError: the model or a file cannot be used; nothing is written then.
     """
     started = time.perf_counter()
-    if not texts.canary.sources and not texts.probes:
+    if not (texts.canary.sources or texts.probes or texts.lesson):
         raise RequestError("nothing to read the model with; give --canary FILE or --probes FILE")
     require_free(out)
     items = texts.items()
@@ -99,10 +100,11 @@ def evaluate(
         else []
     )
     with console.status(f"reading {path}"):
-        measure = texts.measure(loaded.tokenizer, documents, items)
+        measure = texts.measure(loaded.tokenizer, documents, items, loaded.context)
         readings = measure.whole(loaded.model, 0, cached=True)
-    require_finite(readings, f"MODEL '{path}'")
-    summary = {"seconds": round(time.perf_counter() - started, 1)}
+        require_finite(readings, f"MODEL '{path}'")
+        readings += measure.collapsed(loaded.model, 0)
+    summary = {"seconds": round(time.perf_counter() - started, 1), **measure.notes}
     if out is not None:
         about = "One model was read: there is nothing to compare it with."
         data = ReportData(
@@ -133,6 +135,7 @@ def compare(
     tokenizer: str | None = None,
     dtype: Dtype = "auto",
     ranks: bool = False,
+    fisher: bool = False,
     seed: int = 0,
     console: Console = QUIET,
 ) -> Comparison:
@@ -146,6 +149,8 @@ def compare(
         tokenizer: of both, where their folders have none.
         dtype: of the weights in memory; see `Model.dtype`.
         ranks: also find in how many directions each matrix was changed (slow for large ones).
+        fisher: also say what the base's Fisher information on the sealed canary predicts of the KL
+            that is measured there: a backward pass, and memory for one more copy of the weights.
         seed: of the canary, where the base writes it.
 
     Raises:
@@ -160,6 +165,7 @@ def compare(
     summary: dict[str, Any] = {}
     practice = recovery_examples(items, last.tokenizer, last.model.config)
     (base_reader, other), alike = readers(pair, texts, items, seed, summary, console)
+    base_reader = replace(base_reader, notes=summary)
     tuned_reader = replace(other, practice=practice, notes=summary)
     with console.status(f"reading {base}"):
         before = base_reader.whole(first.model, 0, cached=True)
@@ -169,13 +175,17 @@ def compare(
         reference = _reference(first, last) if alike else None
         after = tuned_reader.whole(last.model, TUNED_STEP, reference, cached=True)
         recovery = tuned_reader.recovered(last.model, before, after, TUNED_STEP)
+    if fisher and not (alike and drift):
+        summary["fisher"] = "not read: the two are not of one architecture and one tokenizer"
     if not alike:
         before, after = in_bits(before), in_bits(after)
     require_finite(before, f"BASE '{base}'")
     require_finite(after, f"TUNED '{tuned}'")
     verdict = decided(before, after, gate or Gate(), alike)
     worst = worst_changed(before, after, items)
-    more = [*Measure.rise(before, after), *drift, *recovery]
+    collapse = tuned_reader.collapsed(last.model, TUNED_STEP)
+    predicted = _predicted(pair, tuned_reader, after) if fisher and alike and drift else []
+    more = [*Measure.rise(before, after), *drift, *predicted, *collapse, *recovery]
     summary["looks"] = look(base, tuned, items, before).sentence(verdict.alpha)
     summary["seconds"] = round(time.perf_counter() - started, 1)
     result = Comparison(verdict, before, [*after, *more], summary)
@@ -225,6 +235,30 @@ def _drift(
     displacement = start.displacement()
     summary["relative_displacement"] = displacement.relative
     found = displacement.readings(TUNED_STEP)
-    if routed is not None:
-        found += routing_changes(routed, reader.routed(last.model), start, TUNED_STEP)
-    return [*found, *(read_ranks(start, TUNED_STEP) if ranks else ())]
+    experts, warned = reader.experts(last.model, start, routed, TUNED_STEP)
+    if warned:
+        summary["warnings"] = warned
+    return [*found, *experts, *(read_ranks(start, TUNED_STEP) if ranks else ())]
+
+
+def _predicted(pair: Pair, reader: Measure, after: Sequence[Reading]) -> list[Reading]:
+    """What the base's Fisher on the sealed canary says of the way to the tuned weights."""
+    from holdfast.data.example import Example
+    from holdfast.displacement import Whole
+    from holdfast.fisher import fisher
+    from holdfast.meters.motion import read_fisher
+
+    rows = [
+        Example(one.text.input_ids, one.text.loss_mask, one.domain)
+        for one in reader.canary
+        if one.split == "sealed"
+    ]
+    tuned = dict(pair.tuned.model.named_parameters())
+    weights = {
+        name: weight
+        for name, weight in pair.base.model.named_parameters()
+        if name in tuned and tuned[name].shape == weight.shape
+    }
+    moved = {name: Whole(tuned[name], start=weight) for name, weight in weights.items()}
+    measured = [r for r in after if r.meter == "kl" and r.name.startswith("old/")]
+    return read_fisher(moved, fisher(pair.base.model, rows, weights), measured, TUNED_STEP)

@@ -88,11 +88,11 @@ def _short(name: str) -> str:
 
 
 class Whole:
-    """A tensor that is trained itself. Holds one copy of it."""
+    """A tensor that is trained itself. Holds one copy of it, unless its start is given."""
 
-    def __init__(self, parameter: Tensor) -> None:
+    def __init__(self, parameter: Tensor, start: Tensor | None = None) -> None:
         self.weight = parameter
-        self._start = parameter.detach().clone()
+        self._start = parameter.detach().clone() if start is None else start.detach()
 
     def quadratic(self, importance: Importance | None = None) -> Tensor:
         """See `Moved`; nothing but the two tensors is held for backward."""

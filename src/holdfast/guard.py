@@ -34,7 +34,7 @@ from holdfast.alarms.wiring import Wires
 from holdfast.artifact import RunFolder
 from holdfast.choice import METRIC, Choice, gain, noted, score
 from holdfast.data.readers import local_path
-from holdfast.data.rows import check_rows
+from holdfast.data.rows import Source, check_rows
 from holdfast.errors import RequestError
 from holdfast.explain import explain
 from holdfast.gate.verdict import Gate, GateResult, decide, halted
@@ -43,11 +43,13 @@ from holdfast.measure import (
     Measure,
     context_length,
     sampled_documents,
+    taught_documents,
     text_documents,
 )
 from holdfast.meters import Reading
 from holdfast.meters.canary import Canary
 from holdfast.meters.drift import Start
+from holdfast.meters.motion import Walk, read_gradient
 from holdfast.meters.probes import allow_code, load_items, require_both_halves
 from holdfast.meters.ranks import read_ranks
 from holdfast.meters.recovery import recovery_examples
@@ -72,6 +74,9 @@ class Settings(Section):
     """Held-out text that must stay as likely as before; empty: samples of the model."""
     probes: list[str] = Field(default_factory=list)
     """JSONL files of probe items."""
+    lesson: list[Source] = Field(default_factory=list)
+    """Rows of what is taught, best of all rows that are not trained on: for the lesson's loss, KL
+    on new rows, over-application of its form, label collapse, its experts. Empty: none of these."""
     every: int = Field(default=200, ge=1)
     """Steps between readings while training."""
     out: str = "runs/guard"
@@ -97,6 +102,7 @@ class Guard(TrainerCallback):
     Args:
         canary: a file or files with held-out text, or a `Canary`.
         probes: a file or files of items.
+        lesson: a file or files with rows of what is taught.
         tokenizer: where it is not the trainer's `processing_class`.
         settings: the rest of `Settings`.
 
@@ -110,12 +116,14 @@ class Guard(TrainerCallback):
         *,
         canary: str | Sequence[str] | Canary | Mapping[str, Any] = (),
         probes: str | Sequence[str] = (),
+        lesson: str | Sequence[str] = (),
         tokenizer: Any = None,
         **settings: Any,
     ) -> None:
         if not isinstance(canary, Canary | Mapping):
             canary = {"sources": _listed(canary)}
-        given = {"canary": canary, "probes": _listed(probes), **settings}
+        files = {"probes": _listed(probes), "lesson": _listed(lesson)}
+        given = {"canary": canary, **files, **settings}
         try:
             self.settings = Settings.model_validate(given)
         except ValidationError as error:
@@ -127,6 +135,9 @@ class Guard(TrainerCallback):
         for source in self.settings.canary.sources:
             if local_path(source.path) is not None:
                 check_rows(source, need_response=False)
+        for source in self.settings.lesson:
+            if local_path(source.path) is not None:
+                check_rows(source, need_response=True)
         self.verdict: GateResult | None = None
         """Set when training has ended, where the gate is not turned off."""
         self.folder = Path(self.settings.out)
@@ -156,6 +167,14 @@ class Guard(TrainerCallback):
             self._watch = _Watch.begin(self, model, tokenizer, state)
         if self._watch.patrol is not None:
             self._watch.patrol.on_train_begin(args, state, control)
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Look at the gradient of a step that is read."""
+        step = state.global_step + 1
+        if self._watch is not None and step % self.settings.every == 0:
+            self._watch.keep(read_gradient(model, step))
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -201,7 +220,7 @@ class Guard(TrainerCallback):
             with _undisturbed(model):
                 best = state.best_global_step if args.load_best_model_at_end else None
                 kept = best if _chooses(args) and best else state.global_step
-                self.verdict = self._watch.end(model, state.global_step, kept)
+                self.verdict = self._watch.end(model, state.global_step, kept, args.max_grad_norm)
             if self._watch.trackers is not None:
                 self._watch.trackers.close()
             self._watch = None
@@ -285,10 +304,13 @@ class _Watch:
                     keep=(folder.data if folder else Path(scratch)) / "canary.json",
                     notes=summary,
                 )
+        lesson = taught_documents(settings.lesson, tokenizer, max_length)
         measure = Measure(
             tokenizer,
             canary,
             guard.items,
+            heldout=lesson,
+            rows=lesson,
             choosing=settings.measure_probes,
             run_generated_code=settings.run_generated_code,
             practice=recovery_examples(guard.items, tokenizer, models.causal_lm(model).config),
@@ -375,8 +397,12 @@ class _Watch:
         self.keep(noted(point, found))
         return score(found, point.worst)
 
-    def end(self, model: Any, last: int, step: int) -> GateResult | None:
-        """Read and judge the weights of a step, when training has ended with its `last`."""
+    def end(self, model: Any, last: int, step: int, clip: float | None) -> GateResult | None:
+        """Read and judge the weights of a step, when training has ended with its `last`.
+
+        Args:
+            clip: the norm that gradients were clipped to.
+        """
         after = self.timed(lambda: self.measure.whole(model, step, self.reference))
         gate = self.settings.gate
         verdict = decide(self.before, after, gate) if gate.enabled else None
@@ -387,8 +413,14 @@ class _Watch:
             return verdict
         displacement = self.start.displacement()
         ranks = read_ranks(self.start, step) if hasattr(model, "peft_config") else []
-        once, _ = self.measure.afterwards(model, self.start, self.before, after, self.routed, step)
-        found = [*after, *once, *displacement.readings(step), *ranks]
+        once, warned = self.measure.afterwards(
+            model, self.start, self.before, after, self.routed, step
+        )
+        if warned:
+            self.summary["warnings"] = warned
+        records = (Reading(**one) for one in self.folder.records() if one["step"] <= step)
+        walked = Walk.of(records, clip).read(displacement, step)
+        found = [*after, *once, *displacement.readings(step), *ranks, *walked]
         self.folder.merge(found)
         self.hand(found)
         self.folder.write_items(self.before, after)

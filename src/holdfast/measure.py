@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from holdfast import model as models
 from holdfast.data.chat import encode
-from holdfast.data.rows import Row, iter_rows
+from holdfast.data.rows import Row, Source, iter_rows
 from holdfast.errors import RequestError
 from holdfast.meters import HALVES, Reading, Split
 from holdfast.meters.adoption import Form, read_adoption
@@ -176,8 +177,8 @@ class Measure:
         experts: list[Reading] = []
         warnings: list[str] = []
         with self._noted("experts"):
-            experts, warnings = self._experts(model, start, routed, step)
-        collapse = self._collapse(model, step)
+            experts, warnings = self.experts(model, start, routed, step)
+        collapse = self.collapsed(model, step)
         recovery = self.recovered(model, before, after, step)
         return [*self.rise(before, after), *experts, *collapse, *recovery], warnings
 
@@ -205,7 +206,7 @@ class Measure:
             found = read_recovery(model, self.practice, score)
         return found
 
-    def _collapse(self, model: Any, step: int) -> list[Reading]:
+    def collapsed(self, model: Any, step: int) -> list[Reading]:
         """Label collapse on held-out rows; nothing of a lesson that does not classify."""
         labels = labels_of(row.text for row in (*self.rows, *self.heldout))
         found = []
@@ -213,7 +214,7 @@ class Measure:
             found = read_collapse(model, self.heldout, labels, "sealed", step) if labels else []
         return found
 
-    def _experts(
+    def experts(
         self, model: Any, start: Start, routed: Routing | None, step: int
     ) -> tuple[list[Reading], list[str]]:
         """What became of the routing, the lesson's experts, and those that nothing watches."""
@@ -336,6 +337,23 @@ def text_documents(
             rows[domain] += len(found) > already
     if not found:
         raise RequestError("canary.sources: no rows in them; give text rows, or leave it out")
+    return list(found.values())
+
+
+def taught_documents(
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Document]:
+    """Rows of a lesson that some other tool taught: at most `LESSON_ROWS` a source, none twice.
+
+    A row longer than `max_length` counts by its first window.
+    """
+    found: dict[str, Document] = {}
+    for source in sources:
+        for row in islice(iter_rows(source), LESSON_ROWS):
+            domain = row.domain or Path(source.path).stem
+            for example in encode(row, tokenizer, max_length=max_length)[:1]:
+                one = document(example.input_ids, example.loss_mask, domain, row_hash(row))
+                found.setdefault(one.id, one)
     return list(found.values())
 
 

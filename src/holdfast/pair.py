@@ -19,12 +19,18 @@ from rich.console import Console
 from holdfast import model as models
 from holdfast.artifact import RunFolder
 from holdfast.checkpoint import Checkpoint, Dtype, load_checkpoint, require_made_for
-from holdfast.data.rows import check_rows
+from holdfast.data.rows import Source, check_rows
 from holdfast.errors import RequestError
 from holdfast.files import full_disk_named
 from holdfast.gate.verdict import Gate, GateResult, Verdict, decide
 from holdfast.lineage import locate
-from holdfast.measure import Measure, sampled_documents, shared_documents, text_documents
+from holdfast.measure import (
+    Measure,
+    sampled_documents,
+    shared_documents,
+    taught_documents,
+    text_documents,
+)
 from holdfast.meters import Reading
 from holdfast.meters.canary import Canary, Document
 from holdfast.meters.probes import Item, allow_code, load_items
@@ -50,6 +56,9 @@ class Texts:
     """JSONL files of items."""
     run_generated_code: bool = False
     """Run what the models write for code items, in a sandbox; without it they are refused."""
+    lesson: Sequence[Source] = ()
+    """Rows of what was taught, best of all those that were not trained on: for its loss, KL on new
+    rows, over-application of its form, label collapse, its experts."""
 
     def items(self) -> list[Item]:
         """The items, after every file was looked at. Raises RequestError with all problems."""
@@ -57,6 +66,11 @@ class Texts:
         for source in self.canary.sources:
             try:
                 check_rows(source, need_response=False)
+            except RequestError as error:
+                problems += error.problems
+        for source in self.lesson:
+            try:
+                check_rows(source, need_response=True)
             except RequestError as error:
                 problems += error.problems
         try:
@@ -68,9 +82,25 @@ class Texts:
             raise RequestError(*problems)
         return found
 
-    def measure(self, tokenizer: Any, canary: list[Document], items: list[Item]) -> Measure:
-        """What reads a model with them."""
-        return Measure(tokenizer, canary, items, run_generated_code=self.run_generated_code)
+    def measure(
+        self,
+        tokenizer: Any,
+        canary: list[Document],
+        items: list[Item],
+        longest: int,
+        *,
+        alike: bool = True,
+    ) -> Measure:
+        """What reads a model with them.
+
+        Args:
+            longest: tokens of the longest window.
+            alike: whether losses on the lesson can be compared; else only its form is looked at.
+        """
+        lesson = taught_documents(self.lesson, tokenizer, longest)
+        code = self.run_generated_code
+        heldout = lesson if alike else []
+        return Measure(tokenizer, canary, items, heldout, run_generated_code=code, rows=lesson)
 
 
 def recipe_of_run(tuned: str) -> Recipe | None:
@@ -179,7 +209,10 @@ def readers(
     else:
         alike = pair.same_vocabulary()
     if alike and all(_ids_of(one, item) == _ids_of(other, item) for item in items):
-        return (texts.measure(one, documents, items), texts.measure(other, documents, items)), True
+        mine, yours = (
+            texts.measure(tokenizer, documents, items, pair.longest) for tokenizer in (one, other)
+        )
+        return (mine, yours), True
     notes["tokenizers"] = DIFFERENT
     refused = sorted({item.probe for item in items if item.kind not in GENERATED})
     if refused:
@@ -193,8 +226,12 @@ def readers(
             "the tokenizers of BASE and TUNED differ, so the base's own samples cannot be read by "
             "both; give text that both can read: --canary FILE"
         )
-    mine, yours = shared_documents(texts.canary, (one, other), pair.longest)
-    return (texts.measure(one, mine, items), texts.measure(other, yours, items)), False
+    both = shared_documents(texts.canary, (one, other), pair.longest)
+    mine, yours = (
+        texts.measure(tokenizer, documents, items, pair.longest, alike=False)
+        for tokenizer, documents in zip((one, other), both, strict=True)
+    )
+    return (mine, yours), False
 
 
 def in_bits(readings: Iterable[Reading]) -> list[Reading]:
@@ -243,7 +280,9 @@ def written(out: Path) -> Iterator[RunFolder]:
 def asked(texts: Texts, **names: str) -> dict[str, Any]:
     """What was asked for, in a report's place of the recipe."""
     canary = texts.canary.model_dump(mode="json")
-    return {**names, "canary": canary, "probes": list(texts.probes)}
+    lesson = [source.model_dump(mode="json") for source in texts.lesson]
+    found: dict[str, Any] = {**names, "canary": canary, "probes": list(texts.probes)}
+    return {**found, "lesson": lesson} if lesson else found
 
 
 def versions() -> dict[str, str]:

@@ -131,7 +131,8 @@ def rewind(
     notes: list[str] = []
     summary: dict[str, Any] = {}
     documents = pair.texts_or_samples(texts, seed, summary, console)
-    measure = replace(texts.measure(first.tokenizer, documents, items), choosing=True)
+    reader = texts.measure(first.tokenizer, documents, items, pair.longest)
+    measure = replace(reader, choosing=True)
     with console.status(f"reading {base}"):
         before = measure.glance(first.model, 0)
     require_finite(before, f"BASE '{base}'")

@@ -42,6 +42,7 @@ from holdfast.levers import (
 )
 from holdfast.meters import Reading
 from holdfast.meters.drift import Start
+from holdfast.meters.motion import read_gradient
 from holdfast.reference import Reference
 
 MEMORY_FILE = "levers.json"
@@ -231,6 +232,7 @@ class HoldfastTrainer(Trainer):
         self.reference, self.divergence = reference, divergence
         self.start = start
         self.meters, self.every, self.record = tuple(meters), every, record
+        self._gradient: list[Reading] = []
         self.before, self.mixture = tuple(before), mixture
         self.choice = choice
         self.kl_roles = frozenset[Role]().union(*(lever.kl_roles() for lever in self.levers))
@@ -435,6 +437,9 @@ class _LeverCallback(TrainerCallback):
             trainer.refused.append({"step": ctx.step, "reason": "; ".join(ctx.refused)})
             # optimizers skip tensors without a gradient: no moment, no decay, no move
             trainer.model.zero_grad(set_to_none=True)
+        step = state.global_step + 1
+        read = trainer.every and step % trainer.every == 0 and not ctx.refused
+        trainer._gradient = read_gradient(trainer.model, step) if read else []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, step = self.trainer, state.global_step
@@ -460,6 +465,7 @@ class _LeverCallback(TrainerCallback):
             trainer._looked_at = [reading for meter in trainer.meters for reading in meter(step)]
             readings += trainer._looked_at
         if due:
+            readings += trainer._gradient
             left, held = 1 - step / state.max_steps, any(name != "task" for name in terms)
             probe = ProbeContext(step, before=trainer.before, left=left, held=held)
             for lever in trainer.levers:

@@ -12,6 +12,7 @@ import typer
 from holdfast.cli.options import (
     AsJson,
     Canaries,
+    Lesson,
     Precision,
     Probes,
     RunCode,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from holdfast.meters import Reading
 
-ONLY_OF_TWO = ("kl", "canary_rise", "canary_kl", "canary_perplexity")
+ONLY_OF_TWO = ("kl", "fisher", "canary_rise", "canary_kl", "canary_perplexity")
 """Readings that are shown below the verdict of two checkpoints."""
 
 Out = Annotated[Path | None, typer.Option(help="A new folder for readings and report.html.")]
@@ -35,6 +36,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model, adapter or run folder, or a hub id.")],
     canary: Canaries = None,
     probes: Probes = None,
+    lesson: Lesson = None,
     out: Out = None,
     tokenizer: Tokenizer = None,
     dtype: Precision = "auto",
@@ -42,7 +44,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Read one model: canary loss and probes, each with its error."""
-    texts = texts_of(canary, probes, run_generated_code)
+    texts = texts_of(canary, probes, run_generated_code, lesson)
     from rich.console import Console
 
     from holdfast.compare import evaluate as read
@@ -68,12 +70,16 @@ def compare(
     tuned: Annotated[str, typer.Argument(help="After: the same kinds.")],
     canary: Canaries = None,
     probes: Probes = None,
+    lesson: Lesson = None,
     out: Out = None,
     tokenizer: Tokenizer = None,
     dtype: Precision = "auto",
     run_generated_code: RunCode = False,
     ranks: Annotated[
         bool, typer.Option("--ranks", help="Find the rank of each matrix's change, too (slow).")
+    ] = False,
+    fisher: Annotated[
+        bool, typer.Option("--fisher", help="Set the KL beside what the base's Fisher predicts.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the base's own samples.")] = 0,
     as_json: AsJson = False,
@@ -83,7 +89,7 @@ def compare(
     Without --canary the base writes the text. Exit codes: 0 passed, 3 the gate said FAIL, 4 the
     gate said INCONCLUSIVE, 2 the request was wrong.
     """
-    texts = texts_of(canary, probes, run_generated_code)
+    texts = texts_of(canary, probes, run_generated_code, lesson)
     from rich.console import Console
 
     from holdfast.compare import compare as read
@@ -96,6 +102,7 @@ def compare(
         tokenizer=tokenizer,
         dtype=dtype_of(dtype),
         ranks=ranks,
+        fisher=fisher,
         seed=seed,
         console=Console(stderr=as_json),
     )

@@ -26,6 +26,14 @@ Canaries = Annotated[
 Probes = Annotated[
     list[str] | None, typer.Option("--probes", help="A file of items; may be given again.")
 ]
+Lesson = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lesson",
+        help="Rows of what was taught, best not those trained on; may be given again. Then its "
+        "loss, KL on it, over-application, label collapse and its experts are read too.",
+    ),
+]
 Tokenizer = Annotated[
     str | None, typer.Option(help="Folder or hub id of the tokenizer, where a model has none.")
 ]
@@ -47,12 +55,19 @@ Margins = Annotated[
 ]
 
 
-def texts_of(canary: list[str] | None, probes: list[str] | None, run_code: bool) -> Texts:
+def texts_of(
+    canary: list[str] | None,
+    probes: list[str] | None,
+    run_code: bool,
+    lesson: list[str] | None = None,
+) -> Texts:
     """What a model is read with."""
+    from holdfast.data.rows import Source
     from holdfast.meters.canary import Canary
     from holdfast.pair import Texts
 
-    return Texts(Canary.model_validate({"sources": canary or []}), probes or [], run_code)
+    taught = [Source(path=path) for path in lesson or ()]
+    return Texts(Canary.model_validate({"sources": canary or []}), probes or [], run_code, taught)
 
 
 def dtype_of(word: str) -> Dtype:
