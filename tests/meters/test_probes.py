@@ -325,6 +325,8 @@ def test_items_are_read_from_several_files(tmp_path: Path) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"stop": [""]}, "stop"),
         ({"tags": ["nice"]}, "tags"),
+        ({"tags": ["rare"]}, "'p' holds items tagged guardrail, and a probe is judged as one"),
+        ({"tags": ["recovery"]}, None),
         ({"probe": "other", "id": "0"}, None),
     ],
 )

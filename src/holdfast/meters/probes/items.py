@@ -193,6 +193,7 @@ def load_items(paths: Sequence[str]) -> list[Item]:
     items: list[Item] = []
     seen: dict[tuple[str, str], str] = {}
     kinds: dict[str, str] = {}
+    tags: dict[str, list[Tag]] = {}
     problems: list[str] = []
     for path in paths:
         if not Path(path).is_file():
@@ -225,6 +226,14 @@ def load_items(paths: Sequence[str]) -> list[Item]:
                 problems.append(
                     f"{where}: probe '{item.probe}' holds {kind} items, and a probe has one kind; "
                     f"name this one otherwise, such as {item.probe}_{item.kind}"
+                )
+            if "recovery" not in item.tags and {*item.tags} != {
+                *(first := tags.setdefault(item.probe, item.tags))
+            }:
+                problems.append(
+                    f"{where}: probe '{item.probe}' holds items tagged {', '.join(first)}, and a "
+                    "probe is judged as one: give this one the same tags, or name its probe "
+                    f"otherwise, such as {'_'.join([item.probe, *item.tags])}"
                 )
             seen[key] = where
             items.append(item)
