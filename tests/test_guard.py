@@ -259,7 +259,8 @@ def test_other_processes_read_and_write_nothing(inputs: Path, tmp_path: Path) ->
     model = tiny.tiny("Llama")
     guard = guard_of(inputs, tmp_path / "run", canary={"max_documents": 8})
     state = SimpleNamespace(is_world_process_zero=False, global_step=0, max_steps=4)
-    given = {"args": None, "state": state, "control": None, "model": model}
+    args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+    given = {"args": args, "state": state, "control": None, "model": model}
     guard.on_train_begin(**given, processing_class=tiny.letters())
     state.global_step = 2
     guard.on_log(**given, logs={"loss": 1.0})
