@@ -82,7 +82,7 @@ class Train(Section):
     of the best target that keeps every guardrail within its margin on the selection split (the
     canary; the probes, too, with `measure_probes`); the target is the held-out lesson, or with
     `measure_probes` the probes tagged target. Each checkpoint is read for it. last: where training
-    ended."""
+    ended, as always with a forgetting budget, which draws the last step back to within."""
     patience: int = Field(default=0, ge=0)
     """End training when so many checkpoints in a row were not better than the best by the rule of
     `keep`. 0 turns it off: the schedule ends at zero by itself."""

@@ -246,10 +246,7 @@ def _trainer(
     every = recipe.train.measure_every or max(1, steps // (CHECKS if budgeted else 5))
 
     def glance(step: int) -> list[Reading]:
-        judged = choice is not None and (step % save_every == 0 or step == steps)
-        part = measure.canary
-        if budgeted and not judged:
-            part = in_turn(measure.canary, step // every, DOCUMENTS)
+        part = in_turn(measure.canary, step // every, DOCUMENTS) if budgeted else measure.canary
         lesson = budgeted or choice is not None or watch is not None
         found = replace(measure, canary=part).glance(setup.model, step, lesson=lesson)
         if watch is not None and step < steps:
@@ -321,6 +318,8 @@ def _choice(prepared: Prepared, before: Sequence[Reading]) -> Choice | None:
     """The rule by which a checkpoint is chosen; a note where there is nothing to choose by."""
     choice = Choice.of(before, prepared.recipe.gate)
     why = choice.missing()
+    if prepared.recipe.levers.forgetting.budget:
+        why = "a forgetting budget draws it back to what is within"
     if why and prepared.recipe.train.patience:
         raise RequestError(f"train.patience: nothing can be chosen: {why}; set it to 0")
     if why:
