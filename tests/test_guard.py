@@ -407,3 +407,8 @@ def test_an_adapter_that_moves_nothing_is_told(inputs: Path, tmp_path: Path) -> 
     lines = (tmp_path / "run" / "alarms.jsonl").read_text().splitlines()
     raised = [(line["step"], a["name"]) for line in map(json.loads, lines) for a in line["alarms"]]
     assert raised == [(4, "wiring/nothing_moves")]
+
+
+def test_a_fall_of_probes_that_nobody_reads_is_refused(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="measure_probes=True"):
+        guard_of(inputs, tmp_path / "run", alarms={"fall": "2pt"}, measure_probes=False)

@@ -20,11 +20,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 from transformers import TrainerCallback
 
@@ -94,6 +94,15 @@ class Settings(Section):
     """Longest window of the canary in tokens; empty: the model's context, at most 2048."""
     seed: int = Field(default=0, ge=0)
     """Seed of the canary, where the model writes it."""
+
+    @model_validator(mode="after")
+    def _watched(self) -> Self:
+        if self.alarms.watches_accuracy and not (self.probes and self.measure_probes):
+            raise ValueError(
+                "alarms.fall: probes are watched only where their selection half is read while "
+                "training; give probes and measure_probes=True, or leave fall out"
+            )
+        return self
 
 
 class Guard(TrainerCallback):

@@ -246,6 +246,11 @@ class Recipe(Section):
                 "train.patience: counts checkpoints without a better one; set train.keep: best, or "
                 "patience to 0"
             )
+        if self.alarms.watches_accuracy and not (self.probes and self.train.measure_probes):
+            raise ValueError(
+                "alarms.fall: probes are watched only where their selection half is read while "
+                "training; give probes and set train.measure_probes: true, or leave fall out"
+            )
         shares = self.levers.other_share
         if shares >= 1:
             raise ValueError(

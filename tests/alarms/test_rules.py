@@ -33,6 +33,7 @@ def test_what_is_not_said() -> None:
         ("alarms.command=''", "mail"),
         ('alarms.command="mail \'me"', "mail"),
         ("alarms.stopp=true", "stop"),
+        ("alarms.fall=2pt", "train.measure_probes: true"),  # nothing would be watched by it
     ],
 )
 def test_refused_in_one_line(word: str, told: str) -> None:
@@ -40,3 +41,8 @@ def test_refused_in_one_line(word: str, told: str) -> None:
         load_recipe(None, [word], **BASIC)
     (line,) = refused.value.problems
     assert told in line
+
+
+def test_a_fall_of_probes_that_are_read() -> None:
+    words = ["alarms.fall=2pt", "train.measure_probes=true", "probes=[items.jsonl]"]
+    assert load_recipe(None, words, **BASIC).alarms.rate == pytest.approx(0.02)

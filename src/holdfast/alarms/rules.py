@@ -26,8 +26,9 @@ class Alarms(Section):
     alpha: float = Field(default=0.05, gt=0.0, lt=0.5)
     """Chance of any false alarm in the whole run, over all guardrails and checks together."""
     fall: MarginText = "1.5pt"
-    """Accepted fall of an accuracy per 1000 steps, in points. A loss is held to the gate's margin
-    of its own (canary 1 %) at every step."""
+    """Accepted fall of an accuracy per 1000 steps, in points: of the probes, which are watched
+    where their selection half is read while training (`measure_probes`). A loss is held to the
+    gate's margin of its own (canary 1 %) at every step."""
     block: int = Field(default=20, ge=1)
     """Items of each guardrail that a check reads: new ones as long as there are any."""
     stop: bool = False
@@ -68,6 +69,11 @@ class Alarms(Section):
         if not sound:
             raise ValueError("no program; give one with its arguments, such as mail -s alarm me")
         return command
+
+    @property
+    def watches_accuracy(self) -> bool:
+        """Whether a fall of accuracies was asked about in so many words."""
+        return self.enabled and self.fall != type(self).model_fields["fall"].default
 
     @property
     def rate(self) -> float:
