@@ -116,7 +116,7 @@ def test_the_worst_is_the_highest_upper_estimate() -> None:
     assert worst_upper([]) == -math.inf
 
 
-@pytest.mark.parametrize(("budget", "noise"), [(0.2, 0.0), (0.03, 0.0), (0.05, 0.1), (0.6, 0.0)])
+@pytest.mark.parametrize(("budget", "noise"), [(0.2, 0.0), (0.06, 0.0), (0.08, 0.1), (0.6, 0.0)])
 def test_on_two_quadratic_losses_it_finds_an_anchor_that_keeps_the_budget(
     budget: float, noise: float
 ) -> None:
