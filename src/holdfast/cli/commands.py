@@ -346,7 +346,7 @@ def _show_result(result: RunResult, as_json: bool) -> None:
     if verdict:
         console.print(verdict.table())
     told = {"budget": result.summary.get("budget", {}).get("end")}
-    told |= {"stopped early": result.summary["stopped"]}
+    told |= {"stopped early": result.summary.get("stopped")}
     for name, line in told.items():
         if line:
             console.print(f"{name}: {line}", highlight=False, markup=False, soft_wrap=True)
