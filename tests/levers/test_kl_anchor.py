@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -292,3 +293,16 @@ def test_a_run_reads_the_cache_that_was_built_for_it(
     assert other.code == 2
     assert "is not in it; build it from this run's recipe" in other.err
     assert not (here / "other").exists()
+
+
+def test_a_padded_stage_is_compared(here: Path, quick: list[str], holdfast: Any) -> None:
+    """Through the command line; a stage with other tokens is in test_bad_input.py."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(here / "tiny", here / "padded")
+    padded = AutoModelForCausalLM.from_pretrained("tiny")
+    padded.resize_token_embeddings(padded.config.vocab_size + 4)
+    padded.save_pretrained(here / "padded")
+    asked = ["train", "--model=tiny", "--data=lesson.jsonl", *quick]
+    found = holdfast(*asked, "--out=run", "levers.kl_anchor.reference=padded")
+    assert found.code == 0, found.err

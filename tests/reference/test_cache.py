@@ -427,6 +427,7 @@ def test_the_command_line_builds_checks_and_is_resumed(
     [
         (["--max-entries", "0"], "max_entries: 0"),
         (["--mass", "1"], "mass: 1"),
+        (["--draws", "129"], "draws: 129"),
         (["--temperature", "0"], "temperature: 0"),
         (["--shard", "3/2"], "--shard: '3/2'"),
         (["--shard", "half"], "--shard: 'half'"),

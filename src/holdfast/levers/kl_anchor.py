@@ -4,9 +4,10 @@ Source: Li & Hoiem 2016 (LwF); on base samples instead of the lesson's tokens: a
 Equation: weight * mean over anchor positions of D(base, tuned), full vocabulary; D is forward KL
 unless `divergence` says otherwise.
 Acts on: loss, and the mixture (self-generated anchor rows, sampled from the base at temperature 1).
-Estimator: exact at each position (a cache: exact on what it lists, and on the rest as a whole);
-positions sampled with the rows. With `share` q below 1 a step or a row has its KL with probability
-q, and it then counts 1 / q: the expected gradient is the same, its variance is not.
+Estimator: exact at each position (a cache: on what it lists and on the rest as a whole; within the
+rest without bias, from the tokens it drew); positions sampled with the rows. With `share` q below 1
+a step or a row has its KL with probability q, and it then counts 1 / q: the expected gradient is
+the same, its variance is not.
 Cost: generating the anchor rows once, and in each step one more forward pass over them, or reading
 a cache; times `share`. The base is the start of this stage: reference/ has a file for each place it
 comes from.
