@@ -26,7 +26,7 @@ from holdfast.meters import Reading
 
 app = typer.Typer(add_completion=False)
 
-SIZES = (0.05, 0.1, 0.2, 0.4)
+SIZES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.2, 1.6)
 """Planted noise over the spread of each matrix."""
 Values = dict[str, dict[str, float]]
 """unit/name -> item -> value."""
@@ -185,13 +185,27 @@ def readings(values: Values, drawn: dict[str, list[str]]) -> list[Reading]:
 
 
 @app.command()
-def judge(folder: Path, runs: int = 1000, items: int = 150, documents: int = 100) -> None:
-    """What the gate says of draws of the readings, and how soon planted damage is found."""
+def judge(
+    folder: Path, part: str = "", runs: int = 1000, items: int = 150, documents: int = 100
+) -> None:
+    """What the gate says of draws of the readings, and how soon damage is found (--part)."""
     kept = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     bases = {name: values for name, values in kept.items() if name.startswith("base")}
     pool: Values = kept["base-float32-8192"]
     sizes = ", ".join(f"{key.split('/', 1)[1]} {len(ids):,}" for key, ids in pool.items())
     print(f"{folder.name}: {len(kept)} conditions; items and documents: {sizes}")
+    if part in ("", "base"):
+        base_against_base(bases, pool, runs, items, documents)
+    if part in ("", "damage"):
+        rng = np.random.default_rng(1)
+        found_of_damage(kept, pool, rng, items, documents)
+        real_power(kept, pool, rng)
+
+
+def base_against_base(
+    bases: dict[str, Values], pool: Values, runs: int, items: int, documents: int
+) -> None:
+    """Readings of one model under two conditions, judged as if they were of two."""
     rng = np.random.default_rng(0)
     print(f"base against base, {runs:,} runs each of {items} items a probe, {documents} documents:")
     for said, some in (
@@ -222,8 +236,6 @@ def judge(folder: Path, runs: int = 1000, items: int = 150, documents: int = 100
               f"{np.mean(risen):+.4%} (at most {max(map(abs, risen)):.4%})")  # fmt: skip
         print(f"    gate says FAIL: {against(failed, runs, ALPHA)}")
         print(f"    a fall of any size is shown, rows of scores: {against(fallen, rows, ALPHA)}")
-    found_of_damage(kept, pool, rng, items, documents)
-    real_power(kept, pool, rng)
 
 
 def damaged(kept: dict[str, Values]) -> dict[str, Values]:
