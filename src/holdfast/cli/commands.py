@@ -345,7 +345,8 @@ def _show_result(result: RunResult, as_json: bool) -> None:
     console = _console(False)
     if verdict:
         console.print(verdict.table())
-    told = {"budget": result.summary.get("budget", {}).get("end")}
+    told = {"kept": result.summary.get("kept")}
+    told |= {"budget": result.summary.get("budget", {}).get("end")}
     told |= {"stopped early": result.summary.get("stopped")}
     for name, line in told.items():
         if line:
