@@ -14,8 +14,8 @@ its rate on seeds that no rate was chosen on.
 
 Arms still differ in what they learn. Hence loss and canary are read along the way, too (their
 selection halves): `canary at equal loss` is the rise where a run's held-out loss first came down to
-`EQUAL` nats, as though it had been stopped there. `rewind` is no training of its own: it is naive's
-end on each seed, scaled back along the straight line to the base until its loss is `EQUAL`.
+`--at` nats, as though it had been stopped there. `rewind` is no training of its own: it is naive's
+end on each seed, scaled back along the straight line to the base until its loss is that.
 
 Each cell is a line in `--cells`, written when it is done; one that is there is not run again.
 """
@@ -106,6 +106,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Seeds 1 to this.")] = 3,
     at_most: Annotated[int, typer.Option(help="Cells to run before stopping.")] = 10_000,
     table: Annotated[bool, typer.Option(help="Print what is there, run nothing.")] = False,
+    at: Annotated[float, typer.Option(help="Held-out loss to compare the canary at.")] = EQUAL,
     threads: int = 1,
 ) -> None:
     """Fill the cells that are missing, then print the table."""
@@ -124,7 +125,9 @@ def main(
             with cells.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(one) + "\n" for one in found)
             print(json.dumps(found[0]), flush=True)
-    Console(width=170).print(_table(done))
+    Console(width=170).print(_table(done, at))
+    ran = {cell["arm"] for cell in done if not cell["tuning"]}
+    print("not run yet:", "; ".join(arm for arm in ARMS if arm not in ran) or "none")
 
 
 def read_cells(path: Path) -> list[Cell]:
@@ -295,7 +298,7 @@ def _rewound(recipe: Recipe, tuned: Path, base_canary: Mapping[str, float]) -> l
     return found
 
 
-def at_equal_loss(cell: Cell, loss: float = EQUAL) -> float | None:
+def at_equal_loss(cell: Cell, loss: float) -> float | None:
     """Canary rise where a path's held-out loss first is `loss`; None where it never is.
 
     Between the two readings around it, on the straight line in the logarithm of the loss.
@@ -308,7 +311,7 @@ def at_equal_loss(cell: Cell, loss: float = EQUAL) -> float | None:
     return None
 
 
-def _table(done: list[Cell]) -> Table:
+def _table(done: list[Cell], at: float) -> Table:
     """A row an arm: mean and standard deviation over its seeds."""
     table = Table(
         title=f"each lever alone on the lab, {STEPS} steps of {LESSON_TOKENS} lesson tokens: "
@@ -318,15 +321,15 @@ def _table(done: list[Cell]) -> Table:
         table.add_column(column)
     for column in ("mean capability", "worst capability", "mean canary", "worst canary"):
         table.add_column(column)
-    for column in (f"canary at equal loss ({EQUAL:g})", "CPU s"):
+    for column in (f"canary at equal loss ({at:g})", "CPU s"):
         table.add_column(column)
     for arm in (*ARMS, REWIND):
         runs = [cell for cell in done if cell["arm"] == arm and not cell["tuning"]]
-        equal = _shown(runs, at_equal_loss, "+.1%")
+        equal = _shown(runs, lambda c: at_equal_loss(c, at), "+.1%")
         tuned = chosen_rate(NAIVE_ARM if arm in (TENTH, REWIND) else arm, done)
         if not runs:
-            table.add_row(arm, "", "0")
-        elif arm == REWIND:
+            continue
+        if arm == REWIND:
             table.add_row(arm, "", str(len(runs)), *[""] * 7, equal, "")
         else:
             table.add_row(

@@ -60,7 +60,7 @@ def main(
     shown = Table(title=f"forgetting at {learnt:.0%} of the lesson learnt, the least first")
     for column in ("lever", "arm on the lab", "predicted", "over the least", "measured"):
         shown.add_column(column)
-    shown.add_column("canary rise")
+    shown.add_column("canary rise (of seeds)")
     ranks = zip(rankdata(places, "min"), rankdata(measured, "min"), strict=True)
     for lever, (place, found) in zip(levers, ranks, strict=True):
         spread = f" ± {np.std(rises[lever], ddof=1):.1%}" if len(rises[lever]) > 1 else ""
@@ -70,7 +70,7 @@ def main(
             f"{place:.0f}",
             f"{predicted[lever]['median'] or np.inf:.2f}",
             f"{found:.0f}",
-            f"{mean(rises[lever]):+.1%}{spread} ({len(rises[lever])} seeds)",
+            f"{mean(rises[lever]):+.1%}{spread} (of {len(rises[lever])})",
         )
     Console(width=120).print(shown)
     tau, p = kendalltau(places, measured)
