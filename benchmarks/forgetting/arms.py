@@ -1,0 +1,117 @@
+"""The arms: how each one trains, and what its learning rates are multiples of.
+
+An arm is `key=value` settings of a recipe, or a peer that runs through its own package. `LESSON`
+tokens of the lesson are read in every step of every arm; what an arm reads besides (replay, anchor
+rows) comes on top and is counted in its seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Trials of every arm: times the automatic rate of its mode (`levers.budget`)."""
+LESSON = 256
+"""Tokens of the lesson in a step."""
+
+PLAIN = ["levers.kl_anchor=none", "levers.adapter=none", "levers.budget.spike=0"]
+ADAPTER = ["levers.kl_anchor=none", "levers.budget.spike=0"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training."""
+
+    words: list[str] = field(default_factory=list)
+    """Settings of a recipe; `{replay}` is the file of old text, `{all}` that of all domains."""
+    extra: float = 0.0
+    """Share of a step's tokens that is not the lesson's."""
+    peer: Literal["trl-lora", "trl-sdft"] | None = None
+    """What trains in the place of holdfast."""
+    soup: float | None = None
+    """Weight of the tuned model in an average with the base, taken after training."""
+    times: float = 1.0
+    """What the rates are multiplied by, besides."""
+    note: str = ""
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the automatic rate is an adapter's."""
+        return self.peer is not None or any("adapter.method" in word for word in self.words)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a step, so that `LESSON` of them are the lesson's."""
+        return round(LESSON / (1 - self.extra))
+
+
+def adapter(method: str, *more: str) -> Arm:
+    """An adapter without an anchor."""
+    return Arm([*ADAPTER, f"levers.adapter.method={method}", *more])
+
+
+def replay(share: float) -> Arm:
+    """Next-token replay of text that is like the base's own pretraining data."""
+    words = [
+        "levers.replay.sources=[{replay}]",
+        f"levers.replay.fraction={share}",
+        "levers.replay.own_pretraining=true",
+    ]
+    return Arm([*PLAIN, *words], extra=share)
+
+
+ARMS: dict[str, Arm] = {
+    "full": Arm(PLAIN),
+    "full, low rate": Arm(PLAIN, times=0.1),
+    "trl LoRA": Arm(peer="trl-lora", note="SFTTrainer, LoRA on all linear, r 16, alpha 32"),
+    "LoRA, MLP": adapter("lora"),
+    "rsLoRA": adapter("rslora", "levers.adapter.target=all-linear", "levers.adapter.r=64"),
+    "DoRA": adapter("dora", "levers.adapter.target=all-linear"),
+    "OFT": adapter("oft", "levers.adapter.target=all-linear"),
+    "OSF": adapter("osf", "levers.adapter.target=all-linear"),
+    "CorDA": adapter("corda", "levers.adapter.target=all-linear"),
+    "L2-SP": Arm([*PLAIN, "levers.l2_sp.weight=0.1"]),
+    "EWC": Arm([*PLAIN, "levers.ewc.weight=20"]),
+    "freeze": Arm([*PLAIN, "levers.freeze.presets=[embeddings]", "levers.freeze.first_blocks=2"]),
+    "replay 1 %": replay(0.01),
+    "replay 5 %": replay(0.05),
+    "replay 25 %": replay(0.25),
+    "KL on task": Arm(
+        [
+            "levers.adapter=none",
+            "levers.budget.spike=0",
+            "levers.kl_anchor.on=task",
+            "levers.kl_anchor.weight=1",
+        ],
+    ),
+    "DFT": Arm([*PLAIN, "levers.token_gate.method=dft"]),
+    "EAFT": Arm([*PLAIN, "levers.token_gate.method=eaft"]),
+    "STM": Arm([*PLAIN, "levers.token_gate.method=stm"]),
+    "trl SDFT": Arm(peer="trl-sdft", note="needs a base that follows a demonstration in context"),
+    "weight average": Arm(PLAIN, soup=0.5),
+    "classic stack": Arm(
+        [
+            "levers.adapter.method=lora",
+            "levers.adapter.target=all-linear",
+            "levers.replay.sources=[{replay}]",
+            "levers.replay.fraction=0.15",
+            "levers.replay.own_pretraining=true",
+            "levers.kl_anchor.on=task",
+            "levers.kl_anchor.weight=0.05",
+        ],
+        extra=0.15,
+        note="replay 15 %, KL 0.05 on the lesson, LoRA r 16, alpha 32, cosine, clipping",
+    ),
+    "holdfast default": Arm(extra=0.5),
+    "joint": Arm(
+        [
+            *PLAIN,
+            "levers.replay.sources=[{all}]",
+            "levers.replay.fraction=0.5",
+            "levers.replay.own_pretraining=true",
+        ],
+        extra=0.5,
+        note="all old domains replayed as the lesson is learned: an upper bound",
+    ),
+}

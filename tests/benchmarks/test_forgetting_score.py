@@ -1,0 +1,92 @@
+"""The comparison's own arithmetic, against counting and against numpy on made-up cells."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "forgetting"
+sys.path.insert(0, str(FOLDER))
+
+import score  # noqa: E402
+
+UNIT = st.floats(0, 1, allow_nan=False)
+
+
+def cell(after: list[int], rise: float = 1.1) -> dict[str, Any]:
+    """Made up: one old probe of ten right answers, one domain, one lesson."""
+    return {
+        "lesson": "verbs",
+        "seed": 1,
+        "left_out": ["b"],
+        "probe": {
+            "old": {"kind": "guardrail", "before": [1] * 10, "after": [1] * 7 + [0] * 3},
+            "lesson": {"kind": "target", "before": [0] * len(after), "after": after},
+        },
+        "canary": {
+            "a": {"kind": "", "before": [1.0, 2.0], "after": [1.0, 2.0]},
+            "b": {"kind": "", "before": [1.0, 1.0], "after": [rise, rise]},
+        },
+    }
+
+
+def test_the_figures_of_a_cell_are_those_counted_by_hand():
+    found = score.point(cell([1, 1, 0, 1]))
+    assert found == pytest.approx(
+        {
+            "gain": 0.75,
+            "worst rise": 0.1,
+            "mean rise": 0.05,
+            "worst fall": 0.3,
+            "mean fall": 0.3,
+            "lost": 0.3,
+            "won": 0.0,
+            "left out rise": 0.1,
+            "replayed rise": 0.0,
+        }
+    )
+
+
+@given(st.lists(st.tuples(UNIT, st.floats(0, 0.3)), max_size=6))
+def test_hypervolume_is_the_share_of_a_grid_that_some_point_dominates(points):
+    gains, rises = np.meshgrid(
+        (np.arange(200) + 0.5) / 200, (np.arange(200) + 0.5) / 200 * score.REFERENCE[1]
+    )
+    dominated = np.zeros_like(gains, dtype=bool)
+    for g, r in points:
+        dominated |= (gains <= g) & (rises >= r)
+    assert score.hypervolume(points) == pytest.approx(dominated.mean(), abs=0.02)
+
+
+def test_holm_on_the_textbook_example():
+    # Holm 1979 by hand: 4 x 0.01, 3 x 0.013, 2 x 0.04, the largest never below those before it
+    found = score.holm({"a": 0.01, "b": 0.04, "c": 0.013, "d": 0.5})
+    assert found == pytest.approx({"a": 0.04, "c": 0.04, "b": 0.08, "d": 0.5})
+
+
+def test_the_interval_covers_the_mean_of_fresh_cells_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(60):
+        cells = [cell(list(rng.binomial(1, 0.6, 60))) for _ in range(8)]
+        low, high = score.interval(cells, seed=trial, draws=200)["gain"]
+        covered += low <= 0.6 <= high
+    assert covered >= 50  # 95 % of 60 is 57; below 50 has probability under 0.001
+
+
+def test_equal_arms_do_not_differ_and_unlike_ones_do():
+    good, bad = [cell([1] * 30)] * 3, [cell([1] * 10 + [0] * 20)] * 3
+    assert score.differs(good, good, lambda f: f["gain"], draws=200)[1] == 1.0
+    mean, p = score.differs(good, bad, lambda f: f["gain"], draws=200)
+    assert mean == pytest.approx(2 / 3, abs=0.05)
+    assert p <= 0.02
+
+
+def test_a_rate_is_chosen_by_what_is_learned_less_what_is_forgotten():
+    assert score.utility(cell([1, 1])) == pytest.approx(1 - 0.3 - 0.1)
