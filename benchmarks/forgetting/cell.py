@@ -97,7 +97,7 @@ def _train(arm: Arm, base: str, files: dict[str, Path], out: Path, cell: dict[st
         words,
         model=base,
         data=str(files["lesson"]),
-        canary={"sources": [str(files["canary"])], "max_documents": 2},
+        canary={"sources": [str(files["canary"])], "max_documents": 8},
         out=str(out),
         seed=cell["seed"],
     )
