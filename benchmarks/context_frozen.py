@@ -29,7 +29,7 @@ from holdfast.lab import base_path
 from holdfast.levers import Lever
 from holdfast.levers.adapter import Adapter
 from holdfast.levers.context_frozen import ContextFrozen
-from holdfast.trainer import token_losses
+from holdfast.step import token_losses
 
 CONTEXTS = (256, 512, 1024, 2048, 4096)
 DECISIONS = 64

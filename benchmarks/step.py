@@ -55,7 +55,7 @@ from holdfast.reference.build import build
 from holdfast.reference.cache import Cached, Identity
 from holdfast.reference.encoding import Settings
 from holdfast.reference.frozen import Frozen
-from holdfast.trainer import loss_terms, token_losses
+from holdfast.step import loss_terms, token_losses
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 BATCHES = 8

@@ -33,7 +33,8 @@ from holdfast.levers.adapter import Adapter
 from holdfast.levers.context_frozen import PADDING, ContextFrozen, Document, groups, hidden_states
 from holdfast.levers.kl_anchor import KlAnchor
 from holdfast.recipe import load_recipe
-from holdfast.trainer import HoldfastTrainer, token_losses
+from holdfast.step import token_losses
+from holdfast.trainer import HoldfastTrainer
 
 ON = ContextFrozen(enabled=True)
 

@@ -22,7 +22,8 @@ from tiny_run import ALPHABET, gpt2, shake, tiny_run, weights
 from holdfast.data.example import Role
 from holdfast.levers import Lever, StepState, Term, levers
 from holdfast.meters import Reading
-from holdfast.trainer import HoldfastTrainer, kl_rows, loss_terms, token_losses
+from holdfast.step import kl_rows, loss_terms, token_losses
+from holdfast.trainer import HoldfastTrainer
 
 ON: dict[str, dict[str, Any]] = {
     "adapter": {"r": 2},

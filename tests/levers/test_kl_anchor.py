@@ -20,7 +20,8 @@ from holdfast.levers.adapter import Adapter
 from holdfast.levers.kl_anchor import KlAnchor
 from holdfast.objective import DenseBase
 from holdfast.reference.frozen import Frozen
-from holdfast.trainer import HoldfastTrainer, token_losses
+from holdfast.step import token_losses
+from holdfast.trainer import HoldfastTrainer
 
 FEW = {"rows": 8, "max_new_tokens": 12}
 

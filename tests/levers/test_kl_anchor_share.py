@@ -17,7 +17,8 @@ from holdfast import model as models
 from holdfast.data.example import Role
 from holdfast.levers import StepState, TokenLosses
 from holdfast.levers.kl_anchor import KlAnchor
-from holdfast.trainer import HoldfastTrainer, kl_rows, token_losses
+from holdfast.step import kl_rows, token_losses
+from holdfast.trainer import HoldfastTrainer
 
 FEW = {"rows": 8, "max_new_tokens": 12}
 NONE = torch.zeros(0)
@@ -161,7 +162,7 @@ def test_rows_that_are_not_taken_pass_neither_the_base_nor_the_model(
             passed.append(len(ids))
         return plain(model, ids, positions)
 
-    monkeypatch.setattr("holdfast.trainer.models.hidden_states", counted)
+    monkeypatch.setattr("holdfast.step.models.hidden_states", counted)
     trainer.train()
     taken, through = [], []
     for step, batch in enumerate(batches):

@@ -29,7 +29,8 @@ from holdfast.levers.token_gate import FILE, TokenGate
 from holdfast.meters import scoring
 from holdfast.objective import token_losses as objective_losses
 from holdfast.sparse import SparseBase
-from holdfast.trainer import HoldfastTrainer, loss_terms, token_losses
+from holdfast.step import loss_terms, token_losses
+from holdfast.trainer import HoldfastTrainer
 
 Weigh = Callable[[list[torch.Tensor], list[torch.Tensor]], list[torch.Tensor]]
 """(logits of each row's learned tokens, their targets) of the base -> weights."""
