@@ -92,7 +92,7 @@ def here(
     return tmp_path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quick() -> list[str]:
     """Settings under which a run takes seconds."""
     return list(QUICK)

@@ -22,9 +22,13 @@ CACHED = "levers.kl_anchor.cache=stored"
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_lesson: Path) -> Path:
+def built(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Path,
+    tiny_lesson: Path,
+    quick: list[str],
+) -> Path:
     """A working folder with the model, the lesson and a whole cache of two parts."""
-    from conftest import QUICK
     from holdfast.cli import main
 
     folder = tmp_path_factory.mktemp("built")
@@ -33,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_lesso
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(building, "PART_POSITIONS", 60)
-        assert main(["cache", "build", *ASKED, *QUICK, "--on=both", "--out=stored"]) == 0
+        assert main(["cache", "build", *ASKED, *quick, "--on=both", "--out=stored"]) == 0
     assert len(list((folder / "stored").glob("part-*"))) >= 2
     return folder
 
