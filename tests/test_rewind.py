@@ -248,6 +248,26 @@ def test_a_mark_is_plain_json() -> None:
     assert frontier([]) is None
 
 
+def test_the_checkpoints_of_the_run_are_drawn_beside_the_points_of_its_rewind() -> None:
+    ends = [
+        Mark("base", 0.0, 0.0, 0.0, "", True, False),
+        Mark("100%", 1.0, 1.0, 3.0, "a", False, True),
+    ]
+    run = [
+        Mark("base", 0.0, 0.0, 0.0, "", True, False),
+        Mark("step 5", 0.5, 0.8, 2.0, "b", False, False),
+    ]
+    figure = frontier(ends, run)
+    assert figure is not None
+    (beside,) = [
+        trace for trace in figure.spec["data"] if trace["name"] == "checkpoints of the run"
+    ]
+    assert (beside["x"], beside["y"]) == ([0.0, 80.0], [0.0, 2.0])
+    alone = frontier(ends)
+    assert alone is not None
+    assert "checkpoints of the run" not in [trace["name"] for trace in alone.spec["data"]]
+
+
 def test_a_canary_and_a_probe_may_share_a_name() -> None:
     """The canary rose by 2 margins; the probe of its name, read after it, did not move."""
     same = [Reading("probe", "prose", "train", step, 1.0, 0.0, 8, "accuracy", items={

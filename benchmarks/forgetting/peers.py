@@ -7,6 +7,16 @@ from typing import Any
 
 from arms import LESSON
 
+COMMON: dict[str, Any] = {
+    "bf16": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+}
+"""What has nothing to do with how a peer trains."""
+
 
 def trl_lora(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: int) -> str:
     """`trl.SFTTrainer` with a LoRA on all linear layers; an adapter's folder."""
@@ -29,14 +39,9 @@ def trl_lora(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: 
         max_length=256,
         completion_only_loss=True,
         gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
         seed=seed,
         data_seed=seed,
+        **COMMON,
     )
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),
@@ -68,12 +73,8 @@ def trl_sdft(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: 
         per_device_train_batch_size=8,
         learning_rate=rate,
         max_completion_length=32,
-        bf16=False,
-        use_cpu=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         seed=seed,
+        **COMMON,
     )
     trainer = SDFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from holdfast.artifact import RunFolder
 from holdfast.between import (
     Checkpoints,
     Line,
@@ -45,6 +46,7 @@ from holdfast.meters.probes import require_both_halves
 from holdfast.pair import QUIET, Pair, Texts, asked, load_pair, of_run, require_free, title, written
 from holdfast.points import Point, Rule, as_sealed, furthest, guardrails, judged, recovered
 from holdfast.report.frontier import Mark
+from holdfast.report.frontier import of_run as checkpoints_of
 from holdfast.report.page import ReportData, write_report
 
 PathName = Literal["auto", "adapter", "weights", "blocks", "checkpoints"]
@@ -198,9 +200,15 @@ def rewind(
             summary=summary,
             about="No step from base to tuned keeps every guardrail: what is left is the base.",
             frontier=result.marks(),
+            beside=_checkpoints(tuned),
         )
         write_report(folder.path, data)
     return replace(result, artifact=out / kind if kind else None)
+
+
+def _checkpoints(tuned: str) -> list[Mark]:
+    """What the run that made `tuned` has judged of its checkpoints; none where no run made it."""
+    return checkpoints_of(RunFolder(Path(tuned).expanduser()).records(), None)
 
 
 def _require_one_vocabulary(pair: Pair) -> None:

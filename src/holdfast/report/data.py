@@ -36,6 +36,8 @@ class ReportData:
     """What the page says instead of a verdict where no gate could run."""
     frontier: Sequence[Mark] = ()
     """Points between base and tuned that a rewind read."""
+    beside: Sequence[Mark] = ()
+    """The checkpoints that the tuned model's own run has judged, drawn beside a rewind's points."""
 
     def refused_steps(self) -> list[tuple[int, str]]:
         """Steps that were not taken, with why."""

@@ -40,7 +40,7 @@ def all_figures(data: ReportData) -> list[Figure]:
     """Every figure there are readings for, in the order of the page."""
     rows = data.verdict
     drawn = [
-        frontier(data.frontier),
+        frontier(data.frontier, data.beside),
         *([changes(rows), accuracies(rows)] if rows else []),
         training_loss(data),
         *trajectories(data),

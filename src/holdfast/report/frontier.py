@@ -142,13 +142,21 @@ def told(marks: Sequence[Mark]) -> str:
     )
 
 
-def frontier(marks: Sequence[Mark]) -> Figure | None:
-    """Target kept against the worst guardrail; without a target, the way gone stands for it."""
+def frontier(marks: Sequence[Mark], beside: Sequence[Mark] = ()) -> Figure | None:
+    """Target kept against the worst guardrail; without a target, the way gone stands for it.
+
+    Args:
+        marks: from the base on.
+        beside: another way, such as a run's checkpoints beside the points of its rewind.
+    """
     if not marks:
         return None
-    by_target = all(mark.target is not None for mark in marks)
-    xs = [100 * (mark.target if by_target and mark.target is not None else mark.way)
-          for mark in marks]  # fmt: skip
+    by_target = all(mark.target is not None for mark in (*marks, *beside))
+
+    def place(mark: Mark) -> float:
+        return 100 * (mark.target if by_target and mark.target is not None else mark.way)
+
+    xs = [place(mark) for mark in marks]
     traces: list[Trace] = [
         {
             "type": "scatter",
@@ -181,6 +189,19 @@ def frontier(marks: Sequence[Mark]) -> Figure | None:
                     },
                 }
             )
+    if beside:
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": "checkpoints of the run",
+                "x": [place(mark) for mark in beside],
+                "y": [finite(mark.worst) for mark in beside],
+                "hovertext": [escape(f"{mark.name}: {mark.culprit}") for mark in beside],
+                "line": {"width": 1, "color": MUTED, "dash": "dot"},
+                "marker": {"size": 7, "color": MUTED, "symbol": "diamond"},
+            }
+        )
     layout = {
         "xaxis": {"title": {"text": f"{'target' if by_target else 'way'}, %"}},
         "yaxis": {"title": {"text": "worst fall, in margins"}},
