@@ -71,10 +71,11 @@ def readings(folder: Path) -> list[dict[str, object]]:
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of the artifact's weights."""
-    return hashlib.sha256(
-        (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    ).hexdigest()
+    """SHA-256 of the artifact's weights, an adapter's or a whole model's."""
+    (weights,) = [
+        path for kind in ("adapter", "model") for path in folder.glob(f"{kind}/*.safetensors")
+    ]
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def keys(folder: Path) -> Counter[tuple[object, ...]]:
