@@ -26,7 +26,7 @@ from holdfast.gate.verdict import Gate
 from holdfast.lab import base_path, write_files
 from holdfast.meters.canary import Canary
 from holdfast.pair import Texts
-from holdfast.report.frontier import HEADINGS, Mark, of_run
+from holdfast.report.frontier import HEADINGS, Mark, of_checkpoints
 from holdfast.rewind import rewind
 from holdfast.run import train
 
@@ -63,7 +63,7 @@ def main(
             ]
             run = train(lab_recipe(files, out, words, seed=seed))
             kept = int(str(run.summary["kept"]).split()[1])
-            checkpoints = of_run(RunFolder(out).records(), kept)
+            checkpoints = of_checkpoints(RunFolder(out).records(), kept)
             _print(f"{name}, seed {seed}: its checkpoints", checkpoints)
             print(f"kept: {run.summary['kept']}")
             print(f"of what is kept, sealed: {run.verdict.reason if run.verdict else ''}")

@@ -12,7 +12,7 @@ from holdfast.choice import Choice, gain, noted, score
 from holdfast.gate.verdict import Gate, decide
 from holdfast.meters import Reading
 from holdfast.points import as_sealed
-from holdfast.report.frontier import frontier, of_run, of_two, told
+from holdfast.report.frontier import frontier, of_checkpoints, of_two, told
 
 
 def read(meter: str, name: str, step: int, value: float, unit: str = "nats") -> Reading:
@@ -76,7 +76,7 @@ def test_the_frontier_of_a_run_is_drawn_from_its_readings() -> None:
     """Gains 0.25 and 0.5 of the base's 4 nats: the first has half of the last one's gain."""
     points = [CHOICE.point(5, at(5, 2.1, 3.0)), CHOICE.point(10, at(10, 2.4, 2.0))]
     records = [reading.as_record() for point in points for reading in noted(point, gain(point))]
-    marks = of_run(records, kept=5)
+    marks = of_checkpoints(records, kept=5)
     assert [(m.name, m.way, m.target, m.kept, m.chosen) for m in marks] == [
         ("base", 0.0, 0.0, True, False),
         ("step 5", 0.5, pytest.approx(0.5), True, True),
@@ -86,9 +86,11 @@ def test_the_frontier_of_a_run_is_drawn_from_its_readings() -> None:
         "step 5 of 10: the best target of the 1 of 2 checkpoints within every margin "
         "(worst: canary/web at +0.50 of its margin)"
     )
-    assert "none of 1 checkpoints is within every margin" in told(of_run(records[2:], kept=10))
+    assert "none of 1 checkpoints is within every margin" in told(
+        of_checkpoints(records[2:], kept=10)
+    )
     assert frontier(marks) is not None
-    assert of_run([], kept=5) == []
+    assert of_checkpoints([], kept=5) == []
 
 
 def test_the_frontier_of_two_models_is_drawn_from_their_verdict() -> None:

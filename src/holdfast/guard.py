@@ -57,7 +57,7 @@ from holdfast.meters.routing import Routing
 from holdfast.patrol import Patrol
 from holdfast.reference import Reference
 from holdfast.reference.adapter_off import AdapterOff
-from holdfast.report.frontier import of_run, told
+from holdfast.report.frontier import of_checkpoints, told
 from holdfast.report.items import worst_changed
 from holdfast.report.page import ReportData, write_report
 from holdfast.section import Section
@@ -434,7 +434,7 @@ class _Watch:
         self.hand(found)
         self.folder.write_items(self.before, after)
         seconds = time.perf_counter() - self.started
-        frontier = of_run(self.folder.records(), step)
+        frontier = of_checkpoints(self.folder.records(), step)
         summary = {
             "steps": last,
             **({"kept": told(frontier)} if frontier else {}),

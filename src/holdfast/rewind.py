@@ -45,8 +45,7 @@ from holdfast.meters import Reading
 from holdfast.meters.probes import require_both_halves
 from holdfast.pair import QUIET, Pair, Texts, asked, load_pair, of_run, require_free, title, written
 from holdfast.points import Point, Rule, as_sealed, furthest, guardrails, judged, recovered
-from holdfast.report.frontier import Mark
-from holdfast.report.frontier import of_run as checkpoints_of
+from holdfast.report.frontier import Mark, of_checkpoints
 from holdfast.report.page import ReportData, write_report
 
 PathName = Literal["auto", "adapter", "weights", "blocks", "checkpoints"]
@@ -208,7 +207,7 @@ def rewind(
 
 def _checkpoints(tuned: str) -> list[Mark]:
     """What the run that made `tuned` has judged of its checkpoints; none where no run made it."""
-    return checkpoints_of(RunFolder(Path(tuned).expanduser()).records(), None)
+    return of_checkpoints(RunFolder(Path(tuned).expanduser()).records(), None)
 
 
 def _require_one_vocabulary(pair: Pair) -> None:

@@ -33,7 +33,7 @@ from holdfast.overshoot import settle
 from holdfast.plan import settled, skeleton
 from holdfast.prepare import Prepared, canary_documents, identity, load, prepare, warn
 from holdfast.recipe import Recipe
-from holdfast.report.frontier import Mark, of_run, told
+from holdfast.report.frontier import Mark, of_checkpoints, told
 from holdfast.report.items import Changed, worst_changed
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def train(
     stopped_by = patrolled.stopped_by if patrolled else {}
     if verdict and stopped_by:
         verdict = halted(verdict, stopped_by)
-    frontier = of_run(folder.records(), kept)
+    frontier = of_checkpoints(folder.records(), kept)
     summary = {
         "steps": step,
         "kept": told(frontier) if frontier else f"step {step}, the last",

@@ -10,7 +10,7 @@ import pytest
 from holdfast.gate.verdict import Gate, decide
 from holdfast.meters import Reading
 from holdfast.report.data import ReportData
-from holdfast.report.frontier import of_run
+from holdfast.report.frontier import of_checkpoints
 
 
 def sealed(name, values, *, meter="probe", unit="accuracy", tags=()):
@@ -95,7 +95,7 @@ def made_up_run(*, bad=True, title="invoice-assistant-3b"):
         title=title,
         verdict=verdict,
         readings=readings,
-        frontier=of_run(readings, kept=200),
+        frontier=of_checkpoints(readings, kept=200),
         recipe={
             "model": {"name": "org/base-3b", "revision": "8f1c2ab"},
             "levers": {

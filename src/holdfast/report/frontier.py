@@ -74,7 +74,7 @@ class Mark:
         )
 
 
-def of_run(records: Iterable[Mapping[str, Any]], kept: int | None) -> list[Mark]:
+def of_checkpoints(records: Iterable[Mapping[str, Any]], kept: int | None) -> list[Mark]:
     """The frontier of a run: base, the checkpoints that were judged, the one that is kept.
 
     Args:
