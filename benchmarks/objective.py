@@ -208,7 +208,9 @@ def liger_ways(case: Case) -> dict[str, Way]:
     frozen = case.weight.detach()
     return {
         LIGER_NLL: lambda: nll(case.weight, case.hidden, case.targets).backward(),
-        LIGER_JSD: lambda: jsd(case.hidden, case.weight, case.base_hidden, frozen).backward(),
+        LIGER_JSD: lambda: jsd(
+            case.hidden, case.weight, case.base_hidden, frozen, case.targets
+        ).backward(),
     }
 
 

@@ -1,19 +1,21 @@
 """Theory's order of the levers beside the lab's: what each forgets at equal learning.
 
-    python benchmarks/ordering.py --cells benchmarks/results/2026-11-25-levers.jsonl
+    python benchmarks/ordering.py
 
 Predicted: `holdfast theory`'s random pairs of tasks with that command's own defaults, which stood
-before the lab was asked, at the share of the lesson that is learned at that loss; the order is that
-of the mean place. Measured: the rise of the canary at that loss (`benchmarks/levers.py`), mean over
-the seeds. Kendall's tau-b allows for ties; p is two-sided, of no association; the interval is of
-2,000 resamplings of each arm's seeds, so it knows the seeds' noise and not that the levers are few.
+before the lab was asked, at the share of the lesson that counts as learned; the order is that of
+the mean place. Measured: the mean rise of the canary of those arms of `benchmarks/forgetting` that
+learned so much, each at its tuned rate, mean over the test seeds; the others are named. Kendall's
+tau-b allows for ties; p is two-sided, of no association; the interval is of 2,000 resamplings of
+each arm's seeds, so it knows the seeds' noise and not that the levers are few.
 
-Theory turns a lever's strength until it ends at that loss. The lab leaves the strength and stops
-there, and its low rank is LoRA, which chooses its directions while theory's are random.
+Theory turns a lever's strength until it ends at that loss. The lab leaves the strength and turns
+the learning rate, and its low rank is LoRA, which chooses its directions while theory's are random.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
@@ -24,35 +26,42 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import kendalltau, rankdata
 
+from cells import read
 from holdfast.cli.theory import Draws, theory_tables
-from levers import EQUAL, NAIVE_ARM, REWIND, at_equal_loss, read_cells
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE / "forgetting"))
+
+from score import FULL, enough, learned_enough, point, tested  # noqa: E402
 
 ARM_OF = {
-    "replay": "replay, ntp",
-    "kl_anchor": "default stack",
-    "l2_sp": "l2_sp",
-    "ewc": "ewc",
-    "low_rank": "adapter (all-linear)",
-    "budget": NAIVE_ARM,  # on its way, it is stopped early
-    "rewind": REWIND,
+    "replay": "replay 25 %",
+    "kl_anchor": "holdfast default",
+    "l2_sp": "L2-SP",
+    "ewc": "EWC",
+    "low_rank": "rsLoRA",
+    "budget": FULL,  # the learning rate alone
+    "rewind": "weight average",
 }
 DRAWS = Draws(count=50, dim=16, overlap=0.5, fisher_noise=1.0, seed=0)
 RESAMPLED = 2000
 
 
 def main(
-    cells: Annotated[Path, typer.Option(help="What benchmarks/levers.py wrote.")],
-    loss: Annotated[float, typer.Option(help="Held-out lesson loss to compare at.")] = EQUAL,
+    cells: Annotated[Path, typer.Option(help="What benchmarks/forgetting wrote.")] = HERE
+    / "results"
+    / "forgetting.jsonl.gz",
+    lesson: str = "verbs",
 ) -> None:
     """Print both orders and how far they agree."""
-    done = [cell for cell in read_cells(cells) if not cell["tuning"]]
-    learnt = 1 - loss / mean(cell["path"][0][1] for cell in done if cell["arm"] == NAIVE_ARM)
+    done = [c for c in read(cells) if c["lesson"] == lesson and "failed" not in c]
+    learnt = enough(done)
     table = theory_tables(learnt, DRAWS)["draws"]["levers"]
     predicted = {row["lever"]: row for row in table}
     rises: dict[str, list[float]] = {}
     for lever, arm in ARM_OF.items():
-        found = [at_equal_loss(cell, loss) for cell in done if cell["arm"] == arm]
-        rises[lever] = [rise for rise in found if rise is not None]
+        learned = learned_enough(done, arm)
+        rises[lever] = [point(c)["mean rise"] for c in tested(done, arm)] if learned else []
     missing = [lever for lever, found in rises.items() if not found]
     levers = [lever for lever in predicted if lever not in missing]
     places = [predicted[lever]["mean_place"] for lever in levers]
@@ -87,7 +96,7 @@ def main(
         f"{len(levers)} levers"
     )
     if missing:
-        print(f"never at {loss:g} nats, or not run: {', '.join(missing)}")
+        print(f"learned too little at every rate, or not run: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -1,39 +1,42 @@
 """Every method at what it is for: what is learned against what is forgotten, all else equal.
 
-    python benchmarks/forgetting run --minutes 60            # fills the cells that are missing
+    python benchmarks/forgetting run --jobs 2 --minutes 60   # fills the cells that are missing
     python benchmarks/forgetting run --lesson verbs --arm default --arm full
-    python benchmarks/forgetting table                       # docs/benchmark.md and its picture
+    python benchmarks/forgetting cost                        # seconds and memory, one at a time
+    python benchmarks/forgetting table                       # docs/benchmark.md and its pictures
 
 Same base, rows and steps; the lesson's tokens in a step are the same for every arm. Every arm gets
-five learning rates on the validation seed; the one with the most learned less forgotten
-(`score.utility`) is then run on the test seeds, once. Cells are JSON lines, written when done, and
-a cell that is there is not run again: a run may be stopped and continued at any time.
+five learning rates on the validation seed; the one that forgets least of those that learn 90 % of
+the best that full fine-tuning learned (`score.chosen`) is then run on the test seeds, once. Cells
+are JSON lines, written when done, and a cell that is there is not run again: a run may be stopped
+and continued at any time. What runs beside other cells says nothing of speed; `cost` therefore
+trains each arm once, alone.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from arms import ARMS, RATES
-from score import utility
+from arms import ARMS, RATES, VALIDATION
+from cell import cost_of, learn
+from score import FULL, chosen
 
 HERE = Path(__file__).resolve().parent
-CELLS = HERE.parent / "results" / "forgetting.jsonl"
+sys.path.append(str(HERE.parent))  # for what the benchmarks share
+
+from cells import Cell, fill, read  # noqa: E402
+
+RESULTS = HERE.parent / "results"
+CELLS, COSTS = RESULTS / "forgetting.jsonl.gz", RESULTS / "forgetting-cost.jsonl"
 LESSONS = ("verbs", "facts", "extraction", "verbs+extraction")
-VALIDATION = 100
-"""The seed on which rates are chosen."""
 SEEDS = (1, 2, 3)
-STEPS = 300
+STEPS = 150
 
 app = typer.Typer(add_completion=False)
-Cell = dict[str, Any]
 
 
 @app.command()
@@ -41,71 +44,58 @@ def run(
     lesson: Annotated[list[str] | None, typer.Option(help="Only these lessons.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="Only arms that contain this.")] = None,
     minutes: Annotated[float, typer.Option(help="Start no cell after so long.")] = 1e9,
+    jobs: Annotated[int, typer.Option(help="Cells at once, a CPU thread each.")] = 1,
     steps: int = STEPS,
     cells: Path = CELLS,
-    threads: int = 1,
 ) -> None:
-    """Fill the cells that are missing, the cheapest questions first."""
-    stop = time.monotonic() + 60 * minutes
-    done = read(cells)
-    for name in lesson or LESSONS:
-        for one in ARMS:
-            if arm and not any(part in one for part in arm):
-                continue
-            while (cell := next(missing(name, one, done), None)) is not None:
-                if time.monotonic() > stop:
-                    return
-                line = cell | {"steps": steps} | measured(cell | {"steps": steps}, threads)
-                done.append(line)
-                with cells.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                told = line.get("failed") or line["target"] | {"seconds": line["seconds"]}
-                print(name, one, f"x{cell['rate']:g}", cell["seed"], told, flush=True)
+    """Fill the cells that are missing."""
+
+    def left(done: list[Cell]) -> Iterator[Cell]:
+        for name in lesson or LESSONS:
+            for one in ARMS:
+                if not arm or any(part in one for part in arm):
+                    for cell in missing(name, one, done):
+                        yield cell | {"steps": steps}
+
+    fill(cells, left, learn, lambda line: str(line["target"]), jobs=jobs, minutes=minutes)
 
 
 @app.command()
-def table(cells: Path = CELLS, out: Path = HERE.parents[1] / "docs" / "benchmark.md") -> None:
+def cost(steps: int = STEPS, costs: Path = COSTS) -> None:
+    """Train each arm once on new facts, alone, for its seconds and its memory."""
+
+    def left(done: list[Cell]) -> Iterator[Cell]:
+        there = {line["arm"] for line in done}
+        for arm in ARMS:
+            if arm not in there:
+                yield {"arm": arm, "lesson": "facts", "seed": 1, "rate": 1.0, "steps": steps}
+
+    fill(costs, left, cost_of, str, fresh=True)
+
+
+@app.command()
+def table(
+    cells: Path = CELLS, costs: Path = COSTS, out: Path = HERE.parents[1] / "docs" / "benchmark.md"
+) -> None:
     """Write the page and its pictures from the cells that are there."""
     from draw import write_page
 
-    write_page(read(cells), out)
-
-
-def read(cells: Path) -> list[Cell]:
-    """The cells that are done."""
-    if not cells.is_file():
-        return []
-    return [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines()]
+    write_page(read(cells), read(costs), out)
 
 
 def missing(lesson: str, arm: str, done: list[Cell]) -> Iterator[Cell]:
-    """Cells of an arm in the order they must run: the rates, then the seeds at the best of them."""
-    mine = [c for c in done if (c["lesson"], c["arm"]) == (lesson, arm)]
-    there = {(c["seed"], c["rate"]) for c in mine}
-    for rate in RATES:
-        if (VALIDATION, rate) not in there:
-            yield {"lesson": lesson, "arm": arm, "seed": VALIDATION, "rate": rate}
-    best = chosen(mine)
-    if best is not None:
-        for seed in SEEDS:
-            if (seed, best) not in there:
-                yield {"lesson": lesson, "arm": arm, "seed": seed, "rate": best}
+    """Cells of an arm that can run now: its rates; once they are there, the seeds at one of them.
 
-
-def chosen(mine: list[Cell]) -> float | None:
-    """The rate of most learned less forgotten on the validation seed; None where none ran."""
-    tried = [c for c in mine if c["seed"] == VALIDATION and "failed" not in c]
-    return max(tried, key=utility)["rate"] if tried else None
-
-
-def measured(cell: Cell, threads: int) -> Cell:
-    """The cell, run in a process of its own; what it said last where it failed."""
-    words = [sys.executable, str(HERE / "cell.py"), json.dumps(cell), str(threads)]
-    found = subprocess.run(words, capture_output=True, text=True, check=False)
-    if found.returncode:
-        return {"failed": (found.stderr.strip().splitlines() or ["no word of why"])[-1][:300]}
-    line: Cell = json.loads(found.stdout.splitlines()[-1])
-    return line
+    Which, is known when full fine-tuning has its rates, too.
+    """
+    here = [c for c in done if c["lesson"] == lesson]
+    there = {(c["seed"], c["rate"]) for c in here if c["arm"] == arm}
+    wanted = [(VALIDATION, rate) for rate in RATES if (VALIDATION, rate) not in there]
+    full = {c["rate"] for c in here if (c["arm"], c["seed"]) == (FULL, VALIDATION)}
+    if not wanted and full.issuperset(RATES) and (best := chosen(here, arm)):
+        wanted = [(seed, best["rate"]) for seed in SEEDS if (seed, best["rate"]) not in there]
+    for seed, rate in wanted:
+        yield {"lesson": lesson, "arm": arm, "seed": seed, "rate": rate}
 
 
 if __name__ == "__main__":

@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Trials of every arm: times the automatic rate of its mode (`levers.budget`)."""
-LESSON = 256
+RATES = (0.5, 1.0, 2.0, 4.0, 6.0)
+"""Trials of every arm: times the automatic rate of full fine-tuning, or a quarter of an adapter's
+(`levers.budget`): on the lab adapters break at three times theirs."""
+VALIDATION = 100
+"""The seed on which rates are chosen."""
+LESSON = 512
 """Tokens of the lesson in a step."""
 
 PLAIN = ["levers.kl_anchor=none", "levers.adapter=none", "levers.budget.spike=0"]
@@ -33,12 +36,16 @@ class Arm:
     """Weight of the tuned model in an average with the base, taken after training."""
     times: float = 1.0
     """What the rates are multiplied by, besides."""
+    shorter: float = 1.0
+    """Share of the steps that it takes."""
+    watched: bool = False
+    """Whether training itself needs the whole canary."""
     note: str = ""
 
     @property
     def adapted(self) -> bool:
         """Whether the automatic rate is an adapter's."""
-        return self.peer is not None or any("adapter.method" in word for word in self.words)
+        return self.peer == "trl-lora" or any("adapter.method" in word for word in self.words)
 
     @property
     def batch_tokens(self) -> int:
@@ -48,7 +55,7 @@ class Arm:
 
 def adapter(method: str, *more: str) -> Arm:
     """An adapter without an anchor."""
-    return Arm([*ADAPTER, f"levers.adapter.method={method}", *more])
+    return Arm([*ADAPTER, f"levers.adapter.method={method}", *more], times=0.25)
 
 
 def replay(share: float) -> Arm:
@@ -64,7 +71,9 @@ def replay(share: float) -> Arm:
 ARMS: dict[str, Arm] = {
     "full": Arm(PLAIN),
     "full, low rate": Arm(PLAIN, times=0.1),
-    "trl LoRA": Arm(peer="trl-lora", note="SFTTrainer, LoRA on all linear, r 16, alpha 32"),
+    "trl LoRA": Arm(
+        peer="trl-lora", times=0.25, note="SFTTrainer, LoRA on all linear, r 16, alpha 32"
+    ),
     "LoRA, MLP": adapter("lora"),
     "rsLoRA": adapter("rslora", "levers.adapter.target=all-linear", "levers.adapter.r=64"),
     "DoRA": adapter("dora", "levers.adapter.target=all-linear"),
@@ -88,6 +97,20 @@ ARMS: dict[str, Arm] = {
     "DFT": Arm([*PLAIN, "levers.token_gate.method=dft"]),
     "EAFT": Arm([*PLAIN, "levers.token_gate.method=eaft"]),
     "STM": Arm([*PLAIN, "levers.token_gate.method=stm"]),
+    "FLOW": Arm([*PLAIN, "levers.token_gate.method=flow"]),
+    "context frozen": Arm([*PLAIN, "levers.context_frozen.enabled=true"]),
+    "displacement cap": Arm([*PLAIN, "levers.budget.cap=0.05"]),
+    "decay to base": Arm([*PLAIN, "levers.optimizer.decay_to_base=30"]),
+    "replay 50 %, KL": Arm(
+        [
+            "levers.adapter=none",
+            "levers.budget.spike=0",
+            "levers.replay.sources=[{replay}]",
+            "levers.replay.fraction=0.5",
+            "levers.kl_anchor.self_generated.fraction=0",
+        ],
+        extra=0.5,
+    ),
     "trl SDFT": Arm(peer="trl-sdft", note="needs a base that follows a demonstration in context"),
     "weight average": Arm(PLAIN, soup=0.5),
     "classic stack": Arm(
@@ -101,9 +124,16 @@ ARMS: dict[str, Arm] = {
             "levers.kl_anchor.weight=0.05",
         ],
         extra=0.15,
+        times=0.25,
         note="replay 15 %, KL 0.05 on the lesson, LoRA r 16, alpha 32, cosine, clipping",
     ),
     "holdfast default": Arm(extra=0.5),
+    "holdfast, 2/3 of the steps": Arm(extra=0.5, shorter=2 / 3, note="about 1.5 times full's cost"),
+    "holdfast, budget 3 %": Arm(
+        ["budget.forgetting=3%", "canary.max_documents=64", "train.measure_every=12"],
+        extra=0.5,
+        watched=True,
+    ),
     "joint": Arm(
         [
             *PLAIN,

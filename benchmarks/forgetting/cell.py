@@ -1,39 +1,56 @@
 """One cell: train one arm at one rate on one lesson and seed, then read it as every other arm.
 
 Whatever trained it, the tuned checkpoint is read by `holdfast.compare`, beside the same base, on
-the same probes and canary. A cell runs in a process of its own: its seconds are CPU seconds, its
-peak memory is its own.
+the same probes and canary.
 """
 
 from __future__ import annotations
 
 import json
 import resource
-import sys
+import statistics
 import time
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from arms import ARMS, Arm
+from arms import ARMS, VALIDATION, Arm
 
+from holdfast.checkpoint import load_checkpoint
 from holdfast.compare import Texts, compare
+from holdfast.data.chat import encode_all
+from holdfast.data.rows import Source, iter_rows
 from holdfast.demo import LENGTH
 from holdfast.lab import base_path, write_files
 from holdfast.levers.budget import Budget
 from holdfast.meters import Reading
 from holdfast.meters.canary import Canary
+from holdfast.meters.kl import mean_kls
+from holdfast.meters.probes import Item
+from holdfast.meters.probes.read import read_probes
+from holdfast.meters.recovery import read_recovery, recovery_examples
+from holdfast.meters.scoring import Scored
 from holdfast.recipe import load_recipe
+from holdfast.reference.frozen import Frozen
 from holdfast.run import train
 
 LEFT_OUT = ("functions", "hungarian")
 """Domains that no replay pool has."""
-SEQUENCE = ("verbs", "extraction")
-"""The lessons of the two-stage sequence `verbs+extraction`."""
+PRACTISED = ("arithmetic", "capitals", "records", "stories", "verbs")
+UNWATCHED = [
+    "gate.enabled=false",
+    "data.heldout=0",
+    "alarms=none",
+    "train.measure_every=100000",
+    "train.save_every=100000",
+]
+"""Every arm is measured once, at its end, and by `_read`."""
+Cell = dict[str, Any]
 
 
-def run(cell: dict[str, Any]) -> dict[str, Any]:
+def learn(cell: Cell) -> list[Cell]:
     """Train and read: what the cell's line holds besides its name.
 
     Args:
@@ -42,36 +59,50 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     arm, seed = ARMS[cell["arm"]], cell["seed"]
     stages = cell["lesson"].split("+")
     with TemporaryDirectory() as scratch:
-        base, seconds, learned = str(base_path()), 0.0, None
-        for stage, lesson in enumerate(stages):
-            files = _files(Path(scratch) / lesson, lesson, seed)
-            started = time.process_time()
-            tuned = _train(arm, base, files, Path(scratch) / f"run{stage}", cell)
-            seconds += time.process_time() - started
+        files = [_files(Path(scratch) / lesson, lesson, seed) for lesson in stages]
+        base, first = str(base_path()), {}
+        started = time.perf_counter()
+        for stage, given in enumerate(files):
+            base = _train(arm, base, given, Path(scratch) / f"run{stage}", cell)
+            if len(stages) > 1:
+                base = _merged(base, Path(scratch) / f"stage{stage}")
             if stage + 1 < len(stages):
-                learned = _read(base, tuned, [files], seed)["target"][lesson]
-            base = tuned
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        every = [_files(Path(scratch) / lesson, lesson, seed) for lesson in stages]
-        found = _read(str(base_path()), tuned, every, seed)
-    first = {} if learned is None else {"after_first_stage": learned}
-    return (
-        found
-        | first
-        | {"left_out": LEFT_OUT, "seconds": round(seconds, 1), "peak_mib": round(peak)}
-    )
+                found = _read(str(base_path()), base, files[: stage + 1], seed)
+                first = {"after_first_stage": found["target"][stages[stage]]}
+        seconds = time.perf_counter() - started
+        found = _read(str(base_path()), base, files, seed)
+        if seed != VALIDATION:
+            items = Texts(Canary(), [str(files[0]["probes"])]).items()
+            found |= _probed(files[-1]["lesson"], str(base_path()), base, items, _rate(Arm(), 0.1))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    about = {"left_out": LEFT_OUT, "seconds": round(seconds, 1), "device": device}
+    return [found | first | about]
+
+
+def cost_of(cell: Cell) -> list[Cell]:
+    """Seconds of CPU and peak memory of a training alone; the process must be its own."""
+    with TemporaryDirectory() as scratch:
+        files = _files(Path(scratch) / "files", cell["lesson"], cell["seed"])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        started = time.process_time()
+        _train(ARMS[cell["arm"]], str(base_path()), files, Path(scratch) / "run", cell)
+        seconds = time.process_time() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return [{"seconds": round(seconds, 1), "peak_mib": round((peak - before) / 2**10)}]
 
 
 def _files(folder: Path, lesson: str, seed: int) -> dict[str, Path]:
     """The lab's files of a lesson, and `replay` without the domains that are left out."""
     files = write_files(folder, lesson=lesson, seed=seed)
     lines = files["replay"].read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = folder / "replay_kept.jsonl"
+    kept, few = folder / "replay_kept.jsonl", folder / "few.jsonl"
     kept.write_text(
         "".join(line for line in lines if json.loads(line)["domain"] not in LEFT_OUT),
         encoding="utf-8",
     )
-    return files | {"all": files["replay"], "replay": kept, "lesson_name": Path(lesson)}
+    canary = files["canary"].read_text(encoding="utf-8").splitlines(keepends=True)
+    few.write_text("".join(canary[:8]), encoding="utf-8")
+    return files | {"all": files["replay"], "replay": kept, "few": few, "name": Path(lesson)}
 
 
 def _rate(arm: Arm, times: float) -> float:
@@ -83,21 +114,20 @@ def _rate(arm: Arm, times: float) -> float:
 
 def _train(arm: Arm, base: str, files: dict[str, Path], out: Path, cell: dict[str, Any]) -> str:
     """The tuned checkpoint's folder."""
-    rate = _rate(arm, cell["rate"])
+    rate, steps = _rate(arm, cell["rate"]), round(cell["steps"] * arm.shorter)
     if arm.peer is not None:
         from peers import PEERS
 
-        return PEERS[arm.peer](base, files["lesson"], out, rate, cell["steps"], cell["seed"])
-    words = [word.format(**files) for word in arm.words]
-    words += LENGTH
-    words += [f"levers.budget.learning_rate={rate}", f"train.steps={cell['steps']}"]
-    words += [f"train.batch_tokens={arm.batch_tokens}", "gate.enabled=false", "data.heldout=0"]
+        return PEERS[arm.peer](base, files["lesson"], out, rate, steps, cell["seed"])
+    words = [*LENGTH, *UNWATCHED, f"train.batch_tokens={arm.batch_tokens}"]
+    words += [f"levers.budget.learning_rate={rate}", f"train.steps={steps}"]
+    words += [word.format(**files) for word in arm.words]
     recipe = load_recipe(
         None,
         words,
         model=base,
         data=str(files["lesson"]),
-        canary={"sources": [str(files["canary"])], "max_documents": 8},
+        canary={"sources": [str(files["canary" if arm.watched else "few"])], "max_documents": 8},
         out=str(out),
         seed=cell["seed"],
     )
@@ -105,6 +135,14 @@ def _train(arm: Arm, base: str, files: dict[str, Path], out: Path, cell: dict[st
     if arm.soup is None:
         return str(out)
     return _averaged(base, out / "model", out / "average", arm.soup)
+
+
+def _merged(tuned: str, out: Path) -> str:
+    """A stage as a plain model, for the next one to start from, whatever trained it."""
+    stage = load_checkpoint("TUNED", tuned, None, "float32")
+    stage.model.save_pretrained(out)
+    stage.tokenizer.save_pretrained(out)
+    return str(out)
 
 
 def _averaged(base: str, tuned: Path, out: Path, weight: float) -> str:
@@ -128,7 +166,7 @@ def _read(base: str, tuned: str, files: list[dict[str, Path]], seed: int) -> dic
         for more in files[1:]:  # the base's own probes are in each file: only the lesson's are new
             lines = more["probes"].read_text(encoding="utf-8").splitlines(keepends=True)
             own = [line for line in lines if "target" in json.loads(line)["tags"]]
-            probes.append(str(Path(scratch) / f"{more['lesson_name']}.jsonl"))
+            probes.append(str(Path(scratch) / f"{more['name']}.jsonl"))
             Path(probes[-1]).write_text("".join(own), encoding="utf-8")
         canary = Canary.model_validate({"sources": [str(files[0]["canary"])]})
         found = compare(base, tuned, Texts(canary, probes), seed=seed)
@@ -153,6 +191,42 @@ def _read(base: str, tuned: str, files: list[dict[str, Path]], seed: int) -> dic
     return {"target": targets, **pairs, "kl": kl, "displacement": drift}
 
 
+def _probed(lesson: Path, base: str, tuned: str, items: list[Item], rate: float) -> Cell:
+    """KL(base || tuned) on the lesson's own responses; the old probes after ten old examples.
+
+    KL: nats a token, 64 rows. The examples are two of each of the five commonest probes; they are
+    practised on a copy for five steps (`holdfast.meters.recovery`), at a tenth of full
+    fine-tuning's rate, and not asked afterwards.
+    """
+    first, last = (load_checkpoint(name, path, None, "float32") for name, path in
+                   (("BASE", base), ("TUNED", tuned)))  # fmt: skip
+    with TemporaryDirectory() as scratch:
+        rows, _ = encode_all(
+            islice(iter_rows(Source(path=str(lesson))), 64),
+            last.tokenizer,
+            max_length=256,
+            cache_dir=Path(scratch),
+            fingerprint="lesson",
+        )
+        texts = [Scored(row["input_ids"], row["loss_mask"]) for row in rows]
+    kl = statistics.mean(mean_kls(last.model, Frozen(first.model, last.model.device), texts))
+    old = [item for item in items if {"guardrail", "rare"} & set(item.tags)]
+    practised = [
+        item.model_copy(update={"tags": [*item.tags, "recovery"]})
+        for probe in PRACTISED
+        for item in [item for item in old if item.probe == probe][:2]
+    ]
+    asked = [item for item in old if item.id not in {one.id for one in practised}]
+    found = read_recovery(
+        last.model,
+        recovery_examples(practised, last.tokenizer, last.model.config),
+        lambda model: read_probes(model, last.tokenizer, asked, 0),
+        learning_rate=rate,
+    )
+    back = {r.name.removesuffix("/after"): r.value for r in found if r.name.endswith("/after")}
+    return {"kl_new": kl, "recovered": back}
+
+
 def _kind(reading: Reading) -> str:
     """The kind of a probe; empty for a canary."""
     kinds = ("target", "adoption", "control", "rare", "guardrail")
@@ -170,8 +244,3 @@ def _lesson_of(probe: str) -> str:
 
 def _key(reading: Reading) -> tuple[str, str, str]:
     return reading.meter, reading.name, reading.split
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[2]))
-    print(json.dumps(run(json.loads(sys.argv[1]))))

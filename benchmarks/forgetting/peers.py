@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from arms import LESSON
 
 COMMON: dict[str, Any] = {
-    "bf16": False,
-    "use_cpu": True,
+    "bf16": torch.cuda.is_available(),
+    "use_cpu": not torch.cuda.is_available(),
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
@@ -19,7 +20,7 @@ COMMON: dict[str, Any] = {
 
 
 def trl_lora(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: int) -> str:
-    """`trl.SFTTrainer` with a LoRA on all linear layers; an adapter's folder."""
+    """`trl.SFTTrainer` with a LoRA on all linear layers; the folder of the merged model."""
     from datasets import load_dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,9 +54,9 @@ def trl_lora(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: 
         ),
     )
     trainer.train()
-    trainer.save_model(str(out / "adapter"))
-    tokenizer.save_pretrained(out / "adapter")
-    return str(out / "adapter")
+    trainer.model.merge_and_unload().save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    return str(out / "model")
 
 
 def trl_sdft(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: int) -> str:

@@ -3,7 +3,10 @@
     gain        accuracy on the lesson's probe
     rise        rise of the canary's loss over the base's, by domain; worst and mean domain
     fall        fall of accuracy of the base's own probes; worst and mean
-    flips       share of the old probes' items that went from right to wrong, and back
+    flips       share of the old probes' items that went from right to wrong, and back; a base read
+                twice flips none, since decoding is greedy
+    kept        of a sequence: the first lesson's accuracy after the second, over what it was
+    forgotten   the worst of rise, fall and what is not kept: what an arm is judged by
 
 Intervals: two-level bootstrap, seeds and then the items or documents within each (percentiles).
 Two arms are compared on the same resampled seeds and items. Holm's step-down over the arms.
@@ -15,12 +18,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from arms import VALIDATION
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Cell = dict[str, Any]
 
 DRAWS = 2000
+FULL = "full"
+EQUAL = 0.9
+"""Share of the best gain of full fine-tuning at which arms are compared; a lesson's probe of 56 to
+200 items has a standard error of 2 to 4 points there."""
 REFERENCE = (0.0, 0.25)
 """The corner of the hypervolume, fixed beforehand: nothing learned, a quarter more loss on the
 worst domain."""
@@ -37,16 +45,21 @@ def pairs(cell: Cell, meter: str) -> dict[str, Array]:
 
 
 def target_items(cell: Cell) -> Array:
-    """After the lesson, right or wrong, of each of its items; the last lesson's of a sequence."""
-    last = [rows for rows in cell["probe"].values() if rows["kind"] == "target"][-1]
-    return np.array(last["after"], dtype=float)
+    """After it all, right or wrong, of each item of what was taught; in a sequence of both."""
+    taught = [rows["after"] for rows in cell["probe"].values() if rows["kind"] == "target"]
+    return np.concatenate([np.array(after, dtype=float) for after in taught])
 
 
 def kept(cell: Cell) -> float | None:
-    """Of a sequence: what the first lesson's accuracy is after the second, over what it was."""
-    first = cell["lesson"].split("+")[0]
-    was = cell.get("after_first_stage")
-    return None if not was else cell["target"][first] / was
+    """Of a sequence: what the first lesson's accuracy is after the second, over what it was.
+
+    1 where it was not learned and there is nothing to keep; None where there is one lesson.
+    """
+    first, _, second = cell["lesson"].partition("+")
+    if not second:
+        return None
+    was = cell["after_first_stage"]
+    return cell["target"][first] / was if was else 1.0
 
 
 def gain(items: Array) -> float:
@@ -75,6 +88,7 @@ def point(cell: Cell) -> dict[str, float]:
     domains, probes = pairs(cell, "canary"), pairs(cell, "probe")
     rise, fall = rises(list(domains.values())), falls(list(probes.values()))
     lost, won = flips(list(probes.values()))
+    stage = kept(cell)
     left_out = [r for name, r in zip(domains, rise, strict=True) if name in cell["left_out"]]
     replayed = [r for name, r in zip(domains, rise, strict=True) if name not in cell["left_out"]]
     return {
@@ -87,13 +101,59 @@ def point(cell: Cell) -> dict[str, float]:
         "won": won,
         "left out rise": float(np.mean(left_out)),
         "replayed rise": float(np.mean(replayed)),
+        **({} if stage is None else {"kept": stage}),
     }
 
 
-def utility(cell: Cell) -> float:
-    """What the rate of an arm is chosen by, on the validation seed: learned less forgotten."""
-    found = point(cell)
-    return found["gain"] - found["worst fall"] - found["worst rise"]
+def forgotten(figures: dict[str, float]) -> float:
+    """The worst of what was lost."""
+    return max(figures["worst rise"], figures["worst fall"], 1 - figures.get("kept", 1.0))
+
+
+def utility(figures: dict[str, float]) -> float:
+    """Learned less forgotten, of which more than all counts as all."""
+    return figures["gain"] - min(1.0, forgotten(figures))
+
+
+def tuning(cells: Sequence[Cell], arm: str) -> list[Cell]:
+    """The cells of an arm that its rate is chosen by, from the lowest rate to the highest."""
+    mine = (c for c in cells if c["arm"] == arm and c["seed"] == VALIDATION and "failed" not in c)
+    return sorted(mine, key=lambda c: float(c["rate"]))
+
+
+def enough(cells: Sequence[Cell]) -> float:
+    """What counts as learned: `EQUAL` of the best that full fine-tuning came to at any rate."""
+    return EQUAL * max(gain(target_items(cell)) for cell in tuning(cells, FULL))
+
+
+def chosen(cells: Sequence[Cell], arm: str) -> Cell | None:
+    """Of the tuning cells, the one that forgets least of those that learn enough.
+
+    Equal learning, then: without a floor an arm is best off where it learns nothing. Where none
+    learns enough it is the one that learns most.
+    """
+    tried, floor = tuning(cells, arm), enough(cells)
+    learned = [cell for cell in tried if point(cell)["gain"] >= floor]
+    if learned:
+        return min(learned, key=lambda cell: forgotten(point(cell)))
+    return max(tried, key=lambda cell: point(cell)["gain"], default=None)
+
+
+def learned_enough(cells: Sequence[Cell], arm: str) -> bool:
+    """Whether an arm's forgetting is to be compared."""
+    best = chosen(cells, arm)
+    return best is not None and point(best)["gain"] >= enough(cells)
+
+
+def tested(cells: Sequence[Cell], arm: str) -> list[Cell]:
+    """The cells of an arm at its chosen rate, on the seeds that nothing was chosen on."""
+    best = chosen(cells, arm)
+    mine = (
+        c
+        for c in cells
+        if c["arm"] == arm and c["seed"] != VALIDATION and best and c["rate"] == best["rate"]
+    )
+    return sorted((c for c in mine if "failed" not in c), key=lambda c: int(c["seed"]))
 
 
 def resampled(cells: Sequence[Cell], rng: np.random.Generator) -> dict[str, float]:
@@ -112,6 +172,7 @@ def resampled(cells: Sequence[Cell], rng: np.random.Generator) -> dict[str, floa
                 "mean rise": float(rise.mean()),
                 "worst fall": float(fall.max()),
                 "mean fall": float(fall.mean()),
+                **({} if (stage := kept(cell)) is None else {"kept": stage}),
             }
         )
     return {key: float(np.mean([one[key] for one in found])) for key in found[0]}

@@ -12,7 +12,7 @@ x is the log of the multiplier, so this is the exponential method of multipliers
 lambda <- lambda exp(c g): the augmented Lagrangian whose multiplier cannot become negative and
 whose steps ask for no scale. One multiplier serves all constraints, since one anchor does: that of
 their maximum. What x stands for, in this order (`strengths`): the weight of what holds the base,
-from 1/16 to twice the recipe's; then the lesson's share of the tokens, down to half; then the
+from 1/4 to 8 times the recipe's; then the lesson's share of the tokens, down to half; then the
 step size, down to half. Where nothing holds the base (`held`), it is the step size alone.
 Not more weight than that: Adam's steps are as long whatever the loss weighs, so what is nearly all
 anchor walks on the noise of a few anchor rows. Nor a smaller step: what was forgotten early is
@@ -41,7 +41,7 @@ GAIN = 0.35
 follows the weight only some steps later."""
 DRIFT = 0.5
 """How far a rise wanders from one check to the next: in budgets, or in parts of itself."""
-WEIGHT_LEAST, WEIGHT_MOST, SHARE_LEAST, RATE_LEAST = 0.0625, 2.0, 0.5, 0.5
+WEIGHT_LEAST, WEIGHT_MOST, SHARE_LEAST, RATE_LEAST = 0.25, 8.0, 0.5, 0.5
 _WEIGHT, _SHARE, _RATE = math.log(WEIGHT_MOST), -math.log(SHARE_LEAST), -math.log(RATE_LEAST)
 
 

@@ -245,7 +245,8 @@ def _merged(model: PreTrainedModel, adapter: Path, named: str) -> PreTrainedMode
             f"'{model.name_or_path}': {_first_line(error)}; give the base that it was trained on, "
             "as base_model_name_or_path in adapter_config.json"
         ) from error
-    if not torch.allclose(before, after, rtol=1e-2, atol=1e-2 * float(before.abs().max())):
+    rounding = 1e-2 if model.dtype == torch.float32 else 1e-1  # merged weights are rounded once
+    if not torch.allclose(before, after, rtol=rounding, atol=rounding * float(before.abs().max())):
         raise RequestError(
             f"model.path: '{named}': adapter '{adapter}' cannot be merged into its base without "
             "changing what the model computes (are tied weights adapted?); give a merged model"

@@ -88,5 +88,30 @@ def test_equal_arms_do_not_differ_and_unlike_ones_do():
     assert p <= 0.02
 
 
-def test_a_rate_is_chosen_by_what_is_learned_less_what_is_forgotten():
-    assert score.utility(cell([1, 1])) == pytest.approx(1 - 0.3 - 0.1)
+def test_forgotten_is_the_worst_of_what_was_lost_and_utility_what_is_left_of_the_gain():
+    figures = score.point(cell([1, 1]))
+    assert score.forgotten(figures) == pytest.approx(0.3)  # the fall; the rise is 0.1
+    assert score.utility(figures) == pytest.approx(1 - 0.3)
+    assert score.utility(score.point(cell([1, 1], rise=9.0))) == 0.0  # more than all is all
+    assert score.forgotten(figures | {"kept": 0.4}) == pytest.approx(0.6)
+
+
+def rate(times: float, right: int, rise: float) -> dict[str, Any]:
+    """A cell at some rate with `right` of 20 lesson items right."""
+    return cell([1] * right + [0] * (20 - right), rise) | {"rate": times}
+
+
+def test_of_the_rates_that_learn_enough_the_one_that_forgets_least_is_chosen():
+    tried = [rate(1.0, 10, 1.5), rate(2.0, 19, 1.9), rate(3.0, 20, 2.5), {"rate": 4, "failed": ""}]
+    assert score.chosen(tried, score.enough(tried)) == 2.0  # 0.95 is enough of the best 1.0
+    assert score.chosen(tried, 1.1) == 3.0  # none is: the most learned
+    assert score.chosen([{"rate": 4, "failed": ""}], 0.5) is None
+
+
+def test_a_sequence_is_judged_by_both_lessons_and_by_what_the_second_left_of_the_first():
+    both = cell([1, 0]) | {"lesson": "a+b", "after_first_stage": 0.8, "target": {"a": 0.6, "b": 0}}
+    both["probe"]["first"] = {"kind": "target", "before": [0] * 2, "after": [1, 1]}
+    assert score.point(both)["gain"] == pytest.approx(0.75)
+    assert score.kept(both) == pytest.approx(0.75)
+    assert score.kept(both | {"after_first_stage": 0.0}) == 1.0
+    assert score.kept(cell([1])) is None

@@ -63,7 +63,7 @@ class KlAnchor(Lever):
 
     OFF: ClassVar = {"weight": 0.0}
 
-    weight: float = Field(default=20.0, ge=0.0)
+    weight: float = Field(default=2.0, ge=0.0)
     """Weight of the mean KL (nats a token) beside the lesson's mean loss. 0 turns it off."""
     task_weight: float | None = Field(default=None, gt=0.0)
     """Weight on the lesson's positions where `on` is both; empty: `weight`."""
