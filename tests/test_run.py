@@ -270,7 +270,7 @@ def other_probes(inputs: Path) -> None:
         (other_canary, {}, ["canary_fingerprint"]),
         (other_probes, {}, ["probes_sha256"]),
         (None, {"seed": 5}, ["seed was 0 when", "is 5 now"]),
-        (None, {"levers": {"kl_anchor": {"weight": 3.0}}}, ["levers.kl_anchor.weight was 20.0"]),
+        (None, {"levers": {"kl_anchor": {"weight": 3.0}}}, ["levers.kl_anchor.weight was auto"]),
         (None, {"levers": "none"}, ["levers.adapter.method was lora", "is none now"]),
         (None, {"gate": {"enabled": False}}, ["gate.enabled was True"]),
     ],

@@ -4,6 +4,7 @@
     python benchmarks/forgetting run --lesson verbs --arm default --arm full
     python benchmarks/forgetting cost                        # seconds and memory, one at a time
     python benchmarks/forgetting table                       # docs/benchmark.md and its pictures
+    python benchmarks/forgetting scan                        # weight and share of the anchor
 
 Same base, rows and steps; the lesson's tokens in a step are the same for every arm. Every arm gets
 five learning rates on the validation seed; the one that forgets least of those that learn 90 % of
@@ -17,13 +18,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from arms import ARMS, RATES, VALIDATION
+from arms import ARMS, RATES, SCAN, SCAN_RATES, VALIDATION
 from cell import cost_of, learn
-from score import FULL, chosen
+from score import FULL, chosen, point
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # for what the benchmarks share
@@ -61,7 +63,7 @@ def run(
 
 
 @app.command()
-def cost(steps: int = STEPS, costs: Path = COSTS) -> None:
+def cost(steps: int = STEPS // 2, costs: Path = COSTS) -> None:
     """Train each arm once on new facts, alone, for its seconds and its memory."""
 
     def left(done: list[Cell]) -> Iterator[Cell]:
@@ -81,6 +83,35 @@ def table(
     from draw import write_page
 
     write_page(read(cells), read(costs), out)
+
+
+@app.command()
+def scan(
+    minutes: Annotated[float, typer.Option(help="Start no cell after so long.")] = 1e9,
+    jobs: Annotated[int, typer.Option(help="Cells at once, a CPU thread each.")] = 1,
+    steps: int = STEPS,
+    cells: Path = RESULTS / "anchor-scan.jsonl.gz",
+) -> None:
+    """Weight and share of the anchor at four rates on the tuning seed; a line a cell."""
+
+    def left(done: list[Cell]) -> Iterator[Cell]:
+        there = {(c["lesson"], c["arm"], c["rate"]) for c in done}
+        for lesson, rate, arm in product(LESSONS[:3], SCAN_RATES, (FULL, *SCAN)):
+            if (lesson, arm, rate) not in there:
+                yield {"lesson": lesson, "arm": arm, "seed": VALIDATION, "rate": rate} | {
+                    "steps": steps
+                }
+
+    done = fill(cells, left, learn, lambda line: str(line["target"]), jobs=jobs, minutes=minutes)
+    for lesson, arm, rate in product(LESSONS[:3], (FULL, *SCAN), SCAN_RATES):
+        for cell in done:
+            if (cell["lesson"], cell["arm"], cell["rate"]) == (lesson, arm, rate):
+                found = point(cell)
+                print(
+                    f"{lesson:10} {arm:28} {rate:g}x  gain {found['gain']:6.1%}  "
+                    f"worst rise {found['worst rise']:8.1%}  mean {found['mean rise']:8.1%}  "
+                    f"worst fall {found['worst fall']:6.1%}  {cell['device']}"
+                )
 
 
 def missing(lesson: str, arm: str, done: list[Cell]) -> Iterator[Cell]:

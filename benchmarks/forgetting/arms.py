@@ -145,3 +145,19 @@ ARMS: dict[str, Arm] = {
         note="all old domains replayed as the lesson is learned: an upper bound",
     ),
 }
+
+SCAN: dict[str, Arm] = {
+    f"weight {weight:g}, {share:.0%} of the tokens": Arm(
+        [
+            "levers.adapter=none",
+            f"levers.kl_anchor.weight={weight}",
+            f"levers.kl_anchor.self_generated.fraction={share}",
+        ],
+        extra=share,
+    )
+    for weight, share in (
+        (0.3, 0.5), (1, 0.5), (2, 0.5), (5, 0.5), (1, 0.333), (2, 0.333), (5, 0.333), (2, 0.667)
+    )
+}  # fmt: skip
+"""What `scan` asks of the anchor: how heavy, and on how many tokens."""
+SCAN_RATES = (1.0, 2.0, 4.0, 8.0)

@@ -110,6 +110,10 @@ class Plan:
     parameters: int
     trainable: int
     steps: int
+    learning_rate: float
+    """At its peak."""
+    anchor_weight: float
+    """Of the mean KL beside the lesson's mean loss; 0: none."""
     batch_tokens: int
     """Tokens of one step, over all devices."""
     max_length: int
@@ -141,6 +145,9 @@ class Plan:
         table.add_row("steps", f"{self.steps:,}")
         passes = "1 pass" if self.micro_batches == 1 else f"{self.micro_batches} passes"
         table.add_row("one step", f"{self.batch_tokens:,} tokens in {passes}")
+        table.add_row("learning rate", f"{self.learning_rate:.2g}")
+        if self.anchor_weight:
+            table.add_row("anchor weight", f"{self.anchor_weight:.3g}")
         table.add_row("longest row", f"{self.max_length:,} tokens", end_section=True)
         for stream in self.streams:
             table.add_row(stream.name, _stream_line(stream))
@@ -177,6 +184,8 @@ def plan(recipe: Recipe, console: Console | None = None) -> Plan:
             parameters=sum(p.numel() for p in model.parameters()),
             trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
             steps=prepared.steps,
+            learning_rate=recipe.levers.budget.peak(model.config, not recipe.levers.adapter.off),
+            anchor_weight=recipe.levers.kl_anchor.strength(prepared.steps),
             batch_tokens=prepared.mixture.batch_tokens,
             max_length=prepared.setup.max_length,
             micro_batches=prepared.mixture.micro_batches,

@@ -125,7 +125,7 @@ class _LeversBase(Section):
     def other_share(self) -> float:
         """Share of each step's tokens that is not the lesson's."""
         anchor = self.kl_anchor
-        anchored = anchor.weight > 0 and anchor.on != "task"
+        anchored = anchor.weight != 0 and anchor.on != "task"
         return self.replay.share + (anchor.self_generated.fraction if anchored else 0.0)
 
     def active(self) -> tuple[Lever, ...]:

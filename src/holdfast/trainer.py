@@ -151,6 +151,7 @@ class HoldfastTrainer(Trainer):
             totals,
             self.args.gradient_accumulation_steps * world,
             self.args.seed,
+            self.state.max_steps,
         )
         kl_B = kl_rows(self.levers, inputs["input_ids"], state)
         readers = [lever for lever in self.levers if lever.reads_losses]

@@ -307,3 +307,29 @@ def test_a_padded_stage_is_compared(here: Path, quick: list[str], holdfast: Any)
     asked = ["train", "--model=tiny", "--data=lesson.jsonl", *quick]
     found = holdfast(*asked, "--out=run", "levers.kl_anchor.reference=padded")
     assert found.code == 0, found.err
+
+
+@pytest.mark.parametrize(
+    ("steps", "weight"), [(0, 1.0), (75, 1.0), (150, 2.0), (600, 8.0), (1500, 20.0), (9000, 20.0)]
+)
+def test_the_automatic_weight_is_a_75th_of_the_steps_within_bounds(steps, weight):
+    assert KlAnchor().strength(steps) == pytest.approx(weight)
+    assert KlAnchor(weight=3.0).strength(steps) == 3.0
+
+
+def test_a_run_weighs_its_kl_by_its_own_number_of_steps(tmp_path: Path):
+    anchor = KlAnchor(self_generated=FEW)
+    trainer = tiny_run([Adapter(method="lora", r=2), anchor], tmp_path, steps=2)
+    weights: list[float] = []
+    found = KlAnchor.terms
+
+    def terms(*given: Any) -> dict[str, Term]:
+        terms = found(*given)
+        weights.extend(term.weight for term in terms.values())
+        return terms
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KlAnchor, "terms", terms)
+        patch.setattr("holdfast.levers.kl_anchor.STEPS_A_UNIT", 0.5)
+        trainer.train()
+    assert set(weights) == {4.0}  # 2 steps / 0.5

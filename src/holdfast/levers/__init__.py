@@ -112,6 +112,8 @@ class StepState:
     """Micro-batches of this optimizer step over all devices: the count of a weight penalty."""
     seed: int = 0
     """The run's; what is drawn in a step is drawn from (seed, step)."""
+    steps: int = 0
+    """Optimizer steps of the whole run."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 Source = Literal["adapter_off", "frozen", "cache", "stage"]
 WORDS = ("auto", "adapter_off", "frozen", "cache")
 ROWS = "self_generated"
+STEPS_A_UNIT = 75
+LEAST, MOST = 1.0, 20.0
+"""The automatic weight: the run's steps / STEPS_A_UNIT, within bounds. A heavier anchor keeps more
+and slows the lesson, so a run can afford the more of it the longer it is (docs/defaults.md)."""
 COIN = 0xA5C0
 """Sets this lever's draws apart from others of the same seed."""
 
@@ -63,8 +67,9 @@ class KlAnchor(Lever):
 
     OFF: ClassVar = {"weight": 0.0}
 
-    weight: float = Field(default=2.0, ge=0.0)
-    """Weight of the mean KL (nats a token) beside the lesson's mean loss. 0 turns it off."""
+    weight: Annotated[float, Field(ge=0.0)] | Literal["auto"] = "auto"
+    """Weight of the mean KL (nats a token) beside the lesson's mean loss. auto: a 75th of the run's
+    steps, from 1 to 20. 0 turns it off."""
     task_weight: float | None = Field(default=None, gt=0.0)
     """Weight on the lesson's positions where `on` is both; empty: `weight`."""
     on: Literal["anchor", "task", "both"] = "anchor"
@@ -228,6 +233,12 @@ class KlAnchor(Lever):
             kept = [self._taken(state, int.from_bytes(digest, "big")) for digest in digests]
         return torch.tensor(kept, device=input_ids_BW.device)
 
+    def strength(self, steps: int) -> float:
+        """The weight in a run of so many optimizer steps."""
+        if self.weight != "auto":
+            return self.weight
+        return min(max(steps / STEPS_A_UNIT, LEAST), MOST)
+
     def _taken(self, state: StepState, *row: int) -> bool:
         """The coin of a step, or of a row in it: true with probability `share`."""
         import numpy as np
@@ -242,7 +253,7 @@ class KlAnchor(Lever):
         """
         if self.share < 1 and self.share_of == "steps" and not self._taken(state):
             return {}
-        weights = dict.fromkeys(self.kl_roles(), self.weight)
+        weights = dict.fromkeys(self.kl_roles(), self.strength(state.steps))
         if self.task_weight is not None and weights:
             weights[Role.TASK] = self.task_weight
         return {
