@@ -1,16 +1,20 @@
 """The main job on a real checkpoint and real data: what each arm learns, and what it forgets.
 
-    python benchmarks/real_input.py                  # ../shared: realtext4m, MedQuAD
-    python benchmarks/real_input.py --model M --data lesson.jsonl --canary text.jsonl
+    python benchmarks/real_input.py --seeds 2        # ../shared: realtext4m, MedQuAD
+    python benchmarks/real_input.py --model M --data rows.jsonl --heldout new.jsonl --canary t.jsonl
 
 Without --model it reads a 4M-parameter checkpoint and public data from ../shared, where that is
-there: lesson MedQuAD, canary held-out Python, prose, stories, Spanish and textbooks, probes BLiMP
-(minimal pairs by likelihood) and the likelihood of LAMBADA's last words.
+there: lesson MedQuAD (its own held-out questions say what was learned), canary held-out Python,
+prose, stories, Spanish and textbooks, probes BLiMP (minimal pairs by likelihood) and the likelihood
+of LAMBADA's last words. Whatever trained a model, `holdfast.compare` reads it beside the base.
+Every arm trains at the automatic rate of its mode, with as many of the lesson's tokens in a step.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -19,29 +23,40 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig
 
+from holdfast.compare import Texts, compare
 from holdfast.data.contamination import overlaps
 from holdfast.data.rows import Source, iter_rows
 from holdfast.data.texts import row_texts, text_of
+from holdfast.levers.budget import Budget
+from holdfast.meters.canary import Canary
 from holdfast.recipe import load_recipe
 from holdfast.run import train
 
+sys.path.append(str(Path(__file__).resolve().parent / "forgetting"))
+
+from arms import PLAIN
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+LESSON = 512
+"""Tokens of the lesson in a step."""
 DOMAINS = ("python", "docs", "stories_en", "physics_es", "textbooks")
 
 
 def shared_input(folder: Path, rows: int) -> dict[str, Any]:
-    """Model, lesson, canary and probes from ../shared."""
-    lesson = SHARED / "data" / "lessons" / "medquad_train_3000.jsonl"
+    """Model, lesson, what tells what was learned, canary and probes from ../shared."""
     if not SHARED.is_dir():
-        raise typer.BadParameter("no ../shared here; give --model and --data")
-    text = SHARED / "data" / "text"
+        raise typer.BadParameter("no ../shared here; give --model, --data, --heldout and --canary")
+    lessons, text = SHARED / "data" / "lessons", SHARED / "data" / "text"
+    taught = (lessons / "medquad_train_3000.jsonl").read_text(encoding="utf-8").splitlines()
+    lesson = _write(folder / "lesson.jsonl", [json.loads(line) for line in taught[:rows]])
+    canary = [{"path": str(text / f"{d}_heldout.jsonl"), "domain": d} for d in DOMAINS]
     return {
         "model": str(SHARED / "models" / "realtext4m"),
-        "data": {"sources": [{"path": str(lesson), "limit": rows}]},
-        "canary": {
-            "sources": [{"path": str(text / f"{d}_heldout.jsonl"), "domain": d} for d in DOMAINS]
-        },
+        "data": str(lesson),
+        "heldout": str(lessons / "medquad_test_300.jsonl"),
+        "canary": canary,
         "probes": [str(blimp(folder)), str(lambada(folder))],
     }
 
@@ -103,14 +118,15 @@ def replayed(folder: Path) -> list[str]:
     return paths
 
 
-def arms(folder: Path | None) -> dict[str, list[str]]:
-    """What is compared; replay of the base's own pretraining text only where it is known."""
-    plain = ["levers.kl_anchor=none", "levers.adapter.method=lora"]
-    found = {
-        "naive full fine-tuning": ["levers=none"],
-        "LoRA on all linear, no anchor": [*plain, "levers.adapter.target=all-linear"],
-        "LoRA on MLP, no anchor": plain,
+def arms(folder: Path | None) -> dict[str, list[str] | None]:
+    """What is compared, None for trl; replay of the base's pretraining text where it is known."""
+    lora = ["levers.kl_anchor=none", "levers.adapter.method=lora"]
+    found: dict[str, list[str] | None] = {
+        "full fine-tuning": PLAIN,
+        "trl LoRA": None,
         "holdfast default": [],
+        "holdfast, budget 1 %": ["budget.forgetting=1%"],
+        "LoRA on MLP, no anchor": lora,
         "holdfast, LoRA on MLP": ["levers.adapter.method=lora"],
     }
     if folder is not None:
@@ -122,54 +138,89 @@ def arms(folder: Path | None) -> dict[str, list[str]]:
     return found
 
 
+def tuned(words: list[str] | None, given: dict[str, Any], out: Path, steps: int, seed: int) -> str:
+    """Train an arm; the folder of what came of it."""
+    if words is None:
+        from peers import trl_lora
+
+        rate = Budget().peak(AutoConfig.from_pretrained(given["model"]), adapter=True)
+        return trl_lora(given["model"], Path(given["data"]), out, rate, steps, seed)
+    bare = not {"levers.kl_anchor=none"}.isdisjoint(words)
+    settings = [
+        f"train.steps={steps}",
+        f"train.batch_tokens={LESSON if bare else 2 * LESSON}",
+        "gate.enabled=false",
+        "alarms=none",
+        "data.heldout=0",
+    ]
+    recipe = load_recipe(
+        None,
+        [*settings, *words],
+        model=given["model"],
+        data=given["data"],
+        canary={"sources": given["canary"], "max_documents": 40},
+        out=str(out),
+        seed=seed,
+    )
+    train(recipe)
+    return str(out)
+
+
 def main(
     model: str | None = None,
     data: str | None = None,
+    heldout: Annotated[str | None, typer.Option(help="Rows like --data's, not trained on")] = None,
     canary: Annotated[list[str] | None, typer.Option(help="Held-out text; empty: samples")] = None,
-    epochs: float = 1.0,
-    rows: int = 3000,
-    seed: int = 0,
+    steps: int = 300,
+    rows: int = 1000,
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ...")] = 1,
     threads: int = 2,
-    only: Annotated[str | None, typer.Option(help="Arms whose name contains this")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Arms whose name contains this")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="'NAME: key=value ...'")] = None,
 ) -> None:
-    """Train each arm once and print the table."""
+    """Train each arm once a seed and print the table."""
     torch.set_num_threads(threads)
     with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         given: dict[str, Any] = (
-            {"model": model, "data": data, "canary": {"sources": canary or []}}
-            if model and data
-            else shared_input(Path(scratch), rows)
+            {"model": model, "data": data, "heldout": heldout, "canary": canary, "probes": []}
+            if model and data and heldout
+            else shared_input(folder, rows)
         )
+        replays = folder if not model and not only and not arm else None
+        asked = {a.partition(":")[0]: a.partition(":")[2].split() for a in arm or ()}
         columns: dict[str, dict[str, str]] = {}
-        chosen = {a.partition(":")[0]: a.partition(":")[2].split() for a in arm or ()}
-        for number, (name, words) in enumerate(
-            (chosen or arms(None if model else Path(scratch))).items()
-        ):
-            if only and only not in name:
+        for name, words in (asked or arms(replays)).items():
+            if only and not any(part in name for part in only):
                 continue
-            settings = [f"train.epochs={epochs}", f"seed={seed}", *words]
-            out = str(Path(scratch) / str(number))
-            result = train(load_recipe(None, settings, **given, out=out))
-            assert result.verdict is not None
-            base = columns.setdefault("base", {})
-            cells = columns.setdefault(name, {"verdict": str(result.verdict.verdict)})
-            for row in result.verdict.rows:
-                key = f"{row.meter} {row.name}"
-                base[key] = f"{row.before:.3f} ±{row.before_stderr:.3f}"
-                cells[key] = f"{row.difference:+.3f} [{row.lower:+.3f}, {row.upper:+.3f}]"
-            cells["relative displacement"] = f"{result.summary['relative_displacement']:.4f}"
-            cells["steps"] = str(result.summary["steps"])
-            print(json.dumps({name: cells}), flush=True)
-    table = Table(
-        title=f"change from the base [95 % bounds]; {rows} rows, {epochs} epochs, seed {seed}"
-    )
+            for seed in range(seeds):
+                started = time.process_time()
+                path = tuned(words, given, folder / f"{name} {seed}", steps, seed)
+                seconds = time.process_time() - started
+                texts = Texts(
+                    Canary.model_validate({"sources": given["canary"] or []}),
+                    given["probes"],
+                    lesson=[Source(path=given["heldout"])],
+                )
+                found = compare(given["model"], path, texts, seed=seed)
+                cells = columns.setdefault(f"{name}, seed {seed}", {})
+                cells["verdict"] = str(found.verdict.verdict)
+                base = columns.setdefault("base", {})
+                for row in found.verdict.rows:
+                    base[f"{row.meter} {row.name}"] = f"{row.before:.3f} ±{row.before_stderr:.3f}"
+                    cells[f"{row.meter} {row.name}"] = (
+                        f"{row.difference:+.3f} [{row.lower:+.3f}, {row.upper:+.3f}]"
+                    )
+                cells["training, CPU s"] = f"{seconds:.0f}"
+                print(json.dumps({f"{name}, seed {seed}": cells}), flush=True)
+    keys = dict.fromkeys(key for cells in columns.values() for key in cells)
+    table = Table(title=f"change from the base [95 % bounds]; {rows} rows, {steps} steps")
     table.add_column("")
-    for name in columns:
-        table.add_column(name)
-    for key in dict.fromkeys(key for cells in columns.values() for key in cells):
-        table.add_row(key, *(cells.get(key, "") for cells in columns.values()))
-    Console(width=200).print(table)
+    for key in keys:
+        table.add_column(key)
+    for name, cells in columns.items():
+        table.add_row(name, *(cells.get(key, "") for key in keys))
+    Console(width=240).print(table)
 
 
 if __name__ == "__main__":

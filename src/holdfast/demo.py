@@ -19,6 +19,8 @@ LENGTH = ["data.max_length=256"]
 MARGINS = {"accuracy": "5pt", "rare": "8pt", "canary": "2%"}
 """What the lab accepts, fixed before the seeds that docs/log.md reports were run: probes of 100 to
 400 items cannot decide on the gate's default of 2 points."""
+DOCUMENTS = 120
+"""Of each domain's canary. With 40 the error of a rise is about as large as the margin's room."""
 NAIVE = [
     *LENGTH,
     "levers.adapter=none",
@@ -67,7 +69,7 @@ def demo(out: Path, console: Console, *, seed: int = 0) -> int:
     from holdfast.run import train
 
     RunFolder.create(out)
-    files = write_files(out / "data", seed=seed)
+    files = write_files(out / "data", seed=seed, documents_a_domain=DOCUMENTS)
     console.print(
         "Fine-tuning teaches a model something new and quietly takes away what it knew. Here a "
         "3M-parameter model that can add, knows capitals, writes small functions and speaks some "

@@ -32,6 +32,11 @@ def test_all_four_are_written(files: dict[str, list[Any]]):
     assert all(set(row) == {"prompt", "completion"} for row in files["lesson"])
 
 
+def test_a_canary_has_as_many_documents_of_each_domain_as_are_asked_for(tmp_path: Path):
+    paths = write_files(tmp_path / "few", documents_a_domain=9)
+    assert Counter(row["domain"] for row in read(paths["canary"])) == dict.fromkeys(DOMAINS, 9)
+
+
 def test_probe_ids_are_unique_and_every_probe_is_there(files: dict[str, list[Any]]):
     items = files["probes"]
     assert len({item["id"] for item in items}) == len(items)

@@ -26,7 +26,12 @@ _FRESH = 1_000_000
 
 
 def write_files(
-    folder: Path, *, lesson: str = "verbs", seed: int = 0, counterexamples: int = 0
+    folder: Path,
+    *,
+    lesson: str = "verbs",
+    seed: int = 0,
+    counterexamples: int = 0,
+    documents_a_domain: int = CANARIES,
 ) -> dict[str, Path]:
     """Write `lesson`, `probes`, `canary` and `replay` into a folder; say where each one is.
 
@@ -37,6 +42,7 @@ def write_files(
         lesson: a name in `LESSONS`.
         seed: of everything that is drawn.
         counterexamples: rows of the verbs' lesson that it does not apply to.
+        documents_a_domain: of the canary; half of them are on its sealed split.
     """
     taught = LESSONS[lesson].rows(LESSONS[lesson].count, seed=seed)
     taught += counterexample_rows(counterexamples, seed=seed)
@@ -44,7 +50,7 @@ def write_files(
     contents: dict[str, Iterable[dict[str, Any]]] = {
         "lesson": taught,
         "probes": probe_items(seed, lesson),
-        "canary": (document._asdict() for document in canaries(seed)),
+        "canary": (document._asdict() for document in canaries(seed, documents_a_domain)),
         "replay": (document._asdict() for document in replay(seed)),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,12 +74,12 @@ def probe_items(seed: int, lesson: str = "verbs") -> list[Item]:
     return items + LESSONS[lesson].probes(seed=seed)
 
 
-def canaries(seed: int) -> list[Document]:
+def canaries(seed: int, count: int = CANARIES) -> list[Document]:
     """Write documents of every domain that no training text contains."""
     return [
         document
         for name in DOMAINS
-        for document in itertools.islice(documents(name, seed, "canary"), CANARIES)
+        for document in itertools.islice(documents(name, seed, "canary"), count)
     ]
 
 
