@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from holdfast.run import RunResult
 
 LENGTH = ["data.max_length=256"]
-MARGINS = {"accuracy": "5pt", "rare": "8pt", "canary": "2%"}
+MARGINS = {"accuracy": "5pt", "rare": "8pt", "canary": "3%"}
 """What the lab accepts, fixed before the seeds that docs/log.md reports were run: probes of 100 to
-400 items cannot decide on the gate's default of 2 points."""
+400 items cannot decide on the gate's default of 2 points, nor 60 texts of a domain whose losses
+spread widely on 1 %."""
 DOCUMENTS = 120
 """Of each domain's canary. With 40 the error of a rise is about as large as the margin's room."""
 NAIVE = [
