@@ -36,8 +36,6 @@ class Arm:
     """Weight of the tuned model in an average with the base, taken after training."""
     times: float = 1.0
     """What the rates are multiplied by, besides."""
-    shorter: float = 1.0
-    """Share of the steps that it takes."""
     watched: bool = False
     """Whether training itself needs the whole canary."""
     note: str = ""
@@ -128,7 +126,6 @@ ARMS: dict[str, Arm] = {
         note="replay 15 %, KL 0.05 on the lesson, LoRA r 16, alpha 32, cosine, clipping",
     ),
     "holdfast default": Arm(extra=0.5),
-    "holdfast, 2/3 of the steps": Arm(extra=0.5, shorter=2 / 3, note="about 1.5 times full's cost"),
     "holdfast, budget 3 %": Arm(
         ["budget.forgetting=3%", "canary.max_documents=64", "train.measure_every=12"],
         extra=0.5,

@@ -119,7 +119,7 @@ def _rate(arm: Arm, times: float) -> float:
 
 def _train(arm: Arm, base: str, files: dict[str, Path], out: Path, cell: dict[str, Any]) -> str:
     """The tuned checkpoint's folder."""
-    rate, steps = _rate(arm, cell["rate"]), round(cell["steps"] * arm.shorter)
+    rate, steps = _rate(arm, cell["rate"]), cell["steps"]
     if arm.peer is not None:
         from peers import PEERS
 

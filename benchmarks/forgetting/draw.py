@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from arms import ARMS, RATES
 from score import (
-    DRAWS,
     EQUAL,
     FULL,
     REFERENCE,
@@ -146,11 +145,10 @@ def _aims(cells: Sequence[Cell], costs: Sequence[Cell]) -> list[str]:
     ours, full = (tested(cells, arm) for arm in (OURS, FULL))
     if not ours or not full:
         return []
-    first, second = (np.random.default_rng(0) for _ in range(2))
-    draws = [(resampled(ours, first), resampled(full, second)) for _ in range(DRAWS)]
-    learned = _ratio([a["gain"] / b["gain"] for a, b in draws])
-    lost = _ratio([forgotten(a) / forgotten(b) for a, b in draws])
-    rise = _ratio([a["worst rise"] / b["worst rise"] for a, b in draws])
+    first, second = resampled(ours), resampled(full)
+    learned = _ratio(first["gain"] / second["gain"])
+    lost = _ratio(forgotten(first) / forgotten(second))
+    rise = _ratio(first["worst rise"] / second["worst rise"])
     volumes = {arm: _volume(cells, arm) for arm in ARMS if tested(cells, arm)}
     above = [arm for arm, volume in volumes.items() if volume > volumes[OURS]]
     mean = _mean(ours)

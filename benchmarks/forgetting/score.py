@@ -14,7 +14,8 @@ Two arms are compared on the same resampled seeds and items. Holm's step-down ov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Cell = dict[str, Any]
+Figures = Mapping[str, Any]
+"""Of a cell, or of every draw of some cells."""
 
 DRAWS = 2000
 FULL = "full"
@@ -105,14 +108,15 @@ def point(cell: Cell) -> dict[str, float]:
     }
 
 
-def forgotten(figures: dict[str, float]) -> float:
+def forgotten(figures: Figures) -> Any:
     """The worst of what was lost."""
-    return max(figures["worst rise"], figures["worst fall"], 1 - figures.get("kept", 1.0))
+    lost = np.maximum(figures["worst rise"], figures["worst fall"])
+    return np.maximum(lost, 1 - figures["kept"]) if "kept" in figures else lost
 
 
-def utility(figures: dict[str, float]) -> float:
+def utility(figures: Figures) -> Any:
     """Learned less forgotten, of which more than all counts as all."""
-    return figures["gain"] - min(1.0, forgotten(figures))
+    return figures["gain"] - np.minimum(1.0, forgotten(figures))
 
 
 def tuning(cells: Sequence[Cell], arm: str) -> list[Cell]:
@@ -156,55 +160,67 @@ def tested(cells: Sequence[Cell], arm: str) -> list[Cell]:
     return sorted((c for c in mine if "failed" not in c), key=lambda c: int(c["seed"]))
 
 
-def resampled(cells: Sequence[Cell], rng: np.random.Generator) -> dict[str, float]:
-    """The mean figures of one bootstrap draw: seeds, then what lies within each."""
-    chosen = [cells[i] for i in rng.integers(len(cells), size=len(cells))]
-    found: list[dict[str, float]] = []
-    for cell in chosen:
-        items = _drawn(target_items(cell), rng)
-        domains = [_drawn(two, rng) for two in pairs(cell, "canary").values()]
-        probes = [_drawn(two, rng) for two in pairs(cell, "probe").values()]
-        rise, fall = rises(domains), falls(probes)
-        found.append(
-            {
-                "gain": gain(items),
-                "worst rise": float(rise.max()),
-                "mean rise": float(rise.mean()),
-                "worst fall": float(fall.max()),
-                "mean fall": float(fall.mean()),
-                **({} if (stage := kept(cell)) is None else {"kept": stage}),
-            }
-        )
-    return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+def resampled(cells: Sequence[Cell], *, seed: int = 0, draws: int = DRAWS) -> dict[str, Array]:
+    """Mean figures of each bootstrap draw (draws,): seeds, then what lies within each.
+
+    Arms are drawn with the same numbers, so that the same seeds and items meet.
+    """
+    chosen = np.random.default_rng(seed).integers(len(cells), size=(draws, len(cells)))
+    total: dict[str, Array] = {}
+    for slot in range(len(cells)):
+        figures = [_within(cell, slot, seed, draws) for cell in cells]
+        for key in figures[0]:
+            picked = np.stack([one[key] for one in figures])[chosen[:, slot], np.arange(draws)]
+            total[key] = total.get(key, 0.0) + picked / len(cells)
+    return total
 
 
-def _drawn(values: Array, rng: np.random.Generator) -> Array:
-    return values[rng.integers(len(values), size=len(values))]
+def _within(cell: Cell, slot: int, seed: int, draws: int) -> dict[str, Array]:
+    """A cell's figures (draws,), its items and documents drawn anew."""
+    groups = [target_items(cell)[:, None], *pairs(cell, "canary").values()]
+    domains = len(groups) - 1
+    groups += pairs(cell, "probe").values()
+    means = [
+        _weights(len(values), (seed, slot, number), draws) @ values
+        for number, values in enumerate(groups)
+    ]
+    rise = np.stack([two[:, 1] / two[:, 0] - 1 for two in means[1 : domains + 1]])
+    fall = np.stack([two[:, 0] - two[:, 1] for two in means[domains + 1 :]])
+    stage = kept(cell)
+    return {
+        "gain": means[0][:, 0],
+        "worst rise": rise.max(0),
+        "mean rise": rise.mean(0),
+        "worst fall": fall.max(0),
+        "mean fall": fall.mean(0),
+        **({} if stage is None else {"kept": np.full(draws, stage)}),
+    }
+
+
+@lru_cache(maxsize=256)
+def _weights(items: int, seed: tuple[int, ...], draws: int) -> Array:
+    """How often each item is in each draw, over the items (draws, items)."""
+    random = np.random.default_rng(seed)
+    return random.multinomial(items, np.full(items, 1 / items), size=draws) / items
 
 
 def interval(cells: Sequence[Cell], *, seed: int = 0, draws: int = DRAWS) -> dict[str, Any]:
     """95 % percentile interval of each figure."""
-    rng = np.random.default_rng(seed)
-    many = [resampled(cells, rng) for _ in range(draws)]
-    return {key: tuple(np.percentile([one[key] for one in many], (2.5, 97.5))) for key in many[0]}
+    many = resampled(cells, seed=seed, draws=draws)
+    return {key: tuple(np.percentile(values, (2.5, 97.5))) for key, values in many.items()}
 
 
 def differs(
     ours: Sequence[Cell],
     theirs: Sequence[Cell],
-    figure: Callable[[dict[str, float]], float],
+    figure: Callable[[Figures], Any],
     *,
     seed: int = 0,
     draws: int = DRAWS,
 ) -> tuple[float, float]:
-    """Mean difference ours - theirs over paired draws, and its two-sided bootstrap p-value.
-
-    Both are drawn with the same random numbers, so that the same seeds and items meet.
-    """
-    first, second = (np.random.default_rng(seed) for _ in range(2))
-    many = np.array(
-        [figure(resampled(ours, first)) - figure(resampled(theirs, second)) for _ in range(draws)]
-    )
+    """Mean difference ours - theirs over paired draws, and its two-sided bootstrap p-value."""
+    first, second = (resampled(cells, seed=seed, draws=draws) for cells in (ours, theirs))
+    many = figure(first) - figure(second)
     tail = min((many <= 0).mean(), (many >= 0).mean())
     return float(many.mean()), float(min(1.0, 2 * max(tail, 1 / draws)))
 

@@ -96,16 +96,23 @@ def test_forgotten_is_the_worst_of_what_was_lost_and_utility_what_is_left_of_the
     assert score.forgotten(figures | {"kept": 0.4}) == pytest.approx(0.6)
 
 
-def rate(times: float, right: int, rise: float) -> dict[str, Any]:
+def rate(times: float, right: int, rise: float, *, arm: str = "full", seed: int = 100) -> Any:
     """A cell at some rate with `right` of 20 lesson items right."""
-    return cell([1] * right + [0] * (20 - right), rise) | {"rate": times}
+    named = {"rate": times, "arm": arm, "seed": seed}
+    return cell([1] * right + [0] * (20 - right), rise) | named
 
 
 def test_of_the_rates_that_learn_enough_the_one_that_forgets_least_is_chosen():
-    tried = [rate(1.0, 10, 1.5), rate(2.0, 19, 1.9), rate(3.0, 20, 2.5), {"rate": 4, "failed": ""}]
-    assert score.chosen(tried, score.enough(tried)) == 2.0  # 0.95 is enough of the best 1.0
-    assert score.chosen(tried, 1.1) == 3.0  # none is: the most learned
-    assert score.chosen([{"rate": 4, "failed": ""}], 0.5) is None
+    broken = {"rate": 4.0, "arm": "full", "seed": 100, "failed": "why"}
+    full = [rate(1.0, 10, 1.5), rate(2.0, 19, 1.9), rate(3.0, 20, 2.5), broken]
+    assert score.enough(full) == pytest.approx(0.9)
+    assert score.chosen(full, "full")["rate"] == 2.0
+    weak = [rate(1.0, 2, 1.0, arm="weak"), rate(2.0, 9, 1.2, arm="weak")]
+    assert score.chosen([*full, *weak], "weak")["rate"] == 2.0  # none is enough: the most learned
+    assert not score.learned_enough([*full, *weak], "weak")
+    assert score.chosen(full, "absent") is None
+    later = [rate(2.0, 18, 1.9, seed=2), rate(2.0, 17, 1.9, seed=1), rate(3.0, 20, 1.9, seed=1)]
+    assert [one["seed"] for one in score.tested([*full, *later], "full")] == [1, 2]
 
 
 def test_a_sequence_is_judged_by_both_lessons_and_by_what_the_second_left_of_the_first():
