@@ -30,7 +30,7 @@ lint: setup
 
 # Slow proofs behind the README's figures; each prints its table and keeps it with today's date.
 bench: setup
-	for name in startup objective step step_time sampling cache resume demo probes gate rewind fisher context_frozen lab real_input; do \
+	for name in startup objective step step_time sampling cache resume demo probes gate rewind fisher context_frozen lab levers ordering real_input; do \
 	  $(BIN)/python benchmarks/$$name.py | tee benchmarks/results/$$(date +%F)-$$name.txt || exit 1; \
 	done
 
