@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,19 @@ def write_page(cells: Sequence[Cell], costs: Sequence[Cell], out: Path) -> None:
     """Write `out`, and a picture for each lesson beside it."""
     done = [cell for cell in cells if "failed" not in cell]
     steps = {cell["steps"] for cell in done}
+    devices = [f"{count} on {name}" for name, count in Counter(c["device"] for c in done).items()]
     parts = [
         "# Benchmark: learned against forgotten",
         "",
         f"Made by `python benchmarks/forgetting run`, `... cost` and `... table`; {len(done)} "
-        f"cells of {' or '.join(map(str, sorted(steps)))} steps.",
+        f"cells of {' or '.join(map(str, sorted(steps)))} steps ({', '.join(devices)}). What is "
+        "not here yet, `run` fills in.",
         "",
         INTRODUCTION,
     ]
     for lesson, title in TITLES.items():
         some = [cell for cell in done if cell["lesson"] == lesson]
-        if any(cell["arm"] == FULL for cell in some):
+        if tested(some, OURS) and tested(some, FULL):
             name = f"benchmark-{lesson.replace('+', '-')}.svg"
             parts += [f"## {title}", "", *_table(some, costs), "", *_aims(some, costs)]
             parts += [f"![{title}]({name})", ""]

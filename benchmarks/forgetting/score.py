@@ -151,6 +151,8 @@ def learned_enough(cells: Sequence[Cell], arm: str) -> bool:
 
 def tested(cells: Sequence[Cell], arm: str) -> list[Cell]:
     """The cells of an arm at its chosen rate, on the seeds that nothing was chosen on."""
+    if not tuning(cells, FULL):
+        return []
     best = chosen(cells, arm)
     mine = (
         c
