@@ -1,7 +1,7 @@
 """The forgetting budget's contract on the lab: is it kept, what does it cost, what is given away?
 
     python benchmarks/budget.py --cells FILE.jsonl                   # every cell that is missing
-    python benchmarks/budget.py --cells FILE.jsonl --minutes 8       # begin none after that
+    python benchmarks/budget.py --cells FILE.jsonl --jobs 2 --minutes 8    # begin none after that
     python benchmarks/budget.py --cells FILE.jsonl --table           # what is there so far
 
 For each lesson and seed: a plain run (the default), a run for each budget, and a search of 16 fixed
@@ -25,13 +25,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 from scipy.stats import beta
 
+from cells import Cell, fill, read
 from holdfast.demo import LENGTH, lab_recipe
 from holdfast.lab import write_files
 from holdfast.run import train
@@ -42,7 +42,6 @@ BUDGETS = ["1%", "3%"]
 TRIALS = 16
 STEPS, TOKENS = 300, 256
 WORST_LAST = ["PASS", "INCONCLUSIVE", "FAIL"]
-Cell = dict[str, Any]
 
 
 def fixed_settings() -> list[list[str]]:
@@ -72,7 +71,7 @@ def cells(lessons: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:
                 yield {"lesson": lesson, "seed": seed, "arm": f"fixed {trial}"}
 
 
-def run(cell: Cell) -> Cell:
+def learn(cell: Cell) -> list[Cell]:
     """Train a cell, and read what the gate read."""
     kind, _, which = cell["arm"].partition(" ")
     words = {
@@ -97,7 +96,7 @@ def run(cell: Cell) -> Cell:
     rows = result.verdict.rows
     targets = [row.after for row in rows if row.kind == "target" and row.unit == "accuracy"]
     guards = [row for row in rows if row.kind == "canary"]
-    return cell | {
+    found = {
         "target": sum(targets) / len(targets),
         "lesson_loss": next(row.after for row in rows if row.meter == "lesson"),
         "worst_rise": max(row.difference / row.before for row in guards),
@@ -106,6 +105,7 @@ def run(cell: Cell) -> Cell:
         "end": result.summary.get("budget", {}).get("end"),
         "stopped": result.summary["stopped"],
     }
+    return [found]
 
 
 def amount(budget: str) -> float:
@@ -182,6 +182,7 @@ def said(met: bool) -> str:
 
 def main(
     cells_file: Annotated[Path, typer.Option("--cells", help="JSON lines, one a cell.")],
+    jobs: Annotated[int, typer.Option(help="Cells at once, a CPU thread each.")] = 1,
     minutes: Annotated[float, typer.Option(help="Begin no cell after that.")] = 1e9,
     lesson: list[str] | None = None,
     seed: list[int] | None = None,
@@ -189,24 +190,17 @@ def main(
     show: Annotated[bool, typer.Option("--table", help="Run nothing.")] = False,
 ) -> None:
     """Run what is missing and print the contract."""
-    torch.set_num_threads(1)
     wanted = list(cells(LESSONS, SEEDS))
-    done = [json.loads(one) for one in cells_file.read_text().splitlines()] \
-        if cells_file.exists() else []  # fmt: skip
-    there = {(one["lesson"], one["seed"], one["arm"]) for one in done}
-    started = time.monotonic()
-    for cell in cells(lesson or LESSONS, seed or SEEDS):
-        late = time.monotonic() - started > 60 * minutes
-        if show or late or (cell["lesson"], cell["seed"], cell["arm"]) in there:
-            continue
-        if not cell["arm"].startswith(arm):
-            continue
-        one = run(cell)
-        with cells_file.open("a") as file:
-            file.write(json.dumps(one) + "\n")
-        done.append(one)
-        print(json.dumps(one), flush=True)
-    table(done, len(wanted))
+
+    def left(done: list[Cell]) -> Iterator[Cell]:
+        there = {(one["lesson"], one["seed"], one["arm"]) for one in done}
+        for cell in cells(lesson or LESSONS, seed or SEEDS):
+            if cell["arm"].startswith(arm) and tuple(cell.values()) not in there:
+                yield cell
+
+    if not show:
+        fill(cells_file, left, learn, str, jobs=jobs, minutes=minutes)
+    table([one for one in read(cells_file) if "failed" not in one], len(wanted))
 
 
 if __name__ == "__main__":
