@@ -98,14 +98,14 @@ def scan(
         there = {(c["lesson"], c["arm"], c["rate"]) for c in done}
         for lesson, rate, arm in product(LESSONS[:3], SCAN_RATES, (FULL, *SCAN)):
             if (lesson, arm, rate) not in there:
-                yield {"lesson": lesson, "arm": arm, "seed": VALIDATION, "rate": rate} | {
-                    "steps": steps
-                }
+                named = {"lesson": lesson, "arm": arm, "seed": VALIDATION}
+                yield named | {"rate": rate, "steps": steps}
 
     done = fill(cells, left, learn, lambda line: str(line["target"]), jobs=jobs, minutes=minutes)
     for lesson, arm, rate in product(LESSONS[:3], (FULL, *SCAN), SCAN_RATES):
         for cell in done:
-            if (cell["lesson"], cell["arm"], cell["rate"]) == (lesson, arm, rate):
+            named = (cell["lesson"], cell["arm"], cell["rate"])
+            if named == (lesson, arm, rate) and "failed" not in cell:
                 found = point(cell)
                 print(
                     f"{lesson:10} {arm:28} {rate:g}x  gain {found['gain']:6.1%}  "

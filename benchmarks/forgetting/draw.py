@@ -44,9 +44,10 @@ out: mean rise of the two domains that no replay has, beside that of the others.
 the tuned model in nats a token, on the lesson and, worst domain, on old text. Brackets: 95 %
 two-level bootstrap (seeds, then items). hypervolume: of the frontier of the {len(RATES)} rates on
 the validation seed, reference gain {REFERENCE[0]:g}, rise {REFERENCE[1]:.0%}. time / memory: CPU
-seconds and peak memory of one training alone, over those of plain full fine-tuning. p: gain
-less forgotten, against {OURS}, Holm over the arms. An arm marked * learned less than {EQUAL:.0%} of
-what full fine-tuning can, at every rate: what it forgot is not to be compared.
+seconds and peak memory of one training in a process of its own, over those of plain full
+fine-tuning. p: gain less forgotten, against {OURS}, Holm over the arms. An arm marked * learned
+less than {EQUAL:.0%} of what full fine-tuning can, at every rate: what it forgot is not to be
+compared.
 """
 
 

@@ -8,15 +8,21 @@ from typing import Any
 import torch
 from arms import LESSON
 
-COMMON: dict[str, Any] = {
-    "bf16": torch.cuda.is_available(),
-    "use_cpu": not torch.cuda.is_available(),
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "logging_strategy": "no",
-}
-"""What has nothing to do with how a peer trains."""
+
+def asked(out: Path, rate: float, steps: int, seed: int) -> dict[str, Any]:
+    """What the benchmark sets of any trainer's arguments: the rest is the peer's own."""
+    return {
+        "output_dir": str(out / "trainer"),
+        "max_steps": steps,
+        "learning_rate": rate,
+        "seed": seed,
+        "bf16": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
 
 
 def trl_lora(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: int) -> str:
@@ -31,18 +37,14 @@ def trl_lora(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: 
     lengths = [len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows]
     batch = max(1, round(LESSON * len(lengths) / sum(lengths)))
     config = SFTConfig(
-        output_dir=str(out / "trainer"),
-        max_steps=steps,
         per_device_train_batch_size=batch,
-        learning_rate=rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
         max_length=256,
         completion_only_loss=True,
         gradient_checkpointing=False,
-        seed=seed,
         data_seed=seed,
-        **COMMON,
+        **asked(out, rate, steps, seed),
     )
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),
@@ -69,13 +71,9 @@ def trl_sdft(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: 
     rows = load_dataset("json", data_files=str(lesson), split="train")
     rows = rows.rename_column("completion", "privileged_context")
     config: Any = SDFTConfig(
-        output_dir=str(out / "trainer"),
-        max_steps=steps,
         per_device_train_batch_size=8,
-        learning_rate=rate,
         max_completion_length=32,
-        seed=seed,
-        **COMMON,
+        **asked(out, rate, steps, seed),
     )
     trainer = SDFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),
