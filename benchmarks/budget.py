@@ -1,18 +1,20 @@
 """The forgetting budget's contract on the lab: is it kept, what does it cost, what is given away?
 
-    python benchmarks/budget.py --cells FILE.jsonl                   # every cell that is missing
-    python benchmarks/budget.py --cells FILE.jsonl --jobs 2 --minutes 8    # begin none after that
-    python benchmarks/budget.py --cells FILE.jsonl --table           # what is there so far
+    python benchmarks/budget.py --jobs 2                # every cell that is missing
+    python benchmarks/budget.py --jobs 2 --minutes 30   # begin none after that
+    python benchmarks/budget.py --table                 # what is there so far
 
-For each lesson and seed: a plain run (the default), a run for each budget, and a search of 16 fixed
-settings (anchor weight, its share of the tokens, learning rate; the same 16 everywhere). All from
-the same base, rows, steps and tokens a step. The search is judged as hard on us as can be: its best
-setting is the one with the most target among those whose rises turned out to be within the budget
-on the sealed split itself, where the budget's run had only the selection split to go by.
+For each lesson and seed: a plain run (the default without a budget), and a run for each budget. On
+the first seed of each lesson a search, too: 16 fixed settings (anchor weight, its share of the
+tokens, learning rate; the same 16 everywhere). For each budget its best setting, the one that
+learned most of those whose rises on the sealed split were within it, is then run on the other
+seeds, and counts there whether it is within the budget or not. All from the same base, rows, steps
+and tokens a step; plain and budget at four times the automatic rate, which is what runs of 150
+steps want on the lab (docs/benchmark.md) and lies in the middle of what the search draws from.
 
 The three lines of the contract:
   kept      no guardrail's estimated rise on the sealed split is over its budget, in >= 95 % of runs
-  target    at least 97 % of the best fixed setting's that meets the same budget
+  target    at least 97 % of the best fixed setting's, over the seeds that it was not chosen on
   cost      at most 1.3 times the CPU seconds of the plain run
 Intervals: Clopper-Pearson; bootstrap over (lesson, seed). Each cell is a line in --cells, written
 when it is done; one that is there is not run again.
@@ -23,6 +25,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -30,17 +33,22 @@ from typing import Annotated
 import numpy as np
 import typer
 from scipy.stats import beta
+from transformers import AutoConfig
 
 from cells import Cell, fill, read
-from holdfast.demo import LENGTH, lab_recipe
-from holdfast.lab import write_files
+from holdfast.demo import DOCUMENTS, LENGTH, lab_recipe
+from holdfast.lab import base_path, write_files
+from holdfast.levers.budget import Budget
 from holdfast.run import train
 
 LESSONS = ["verbs", "facts", "extraction"]
 SEEDS = [0, 1, 2, 3, 4]
-BUDGETS = ["1%", "3%"]
+BUDGETS = ["3%", "5%"]
 TRIALS = 16
-STEPS, TOKENS = 300, 256
+STEPS, TOKENS = 150, 512
+RATE = 4.0
+"""Times the automatic learning rate."""
+RESULTS = Path(__file__).parent / "results" / "budget.jsonl"
 WORST_LAST = ["PASS", "INCONCLUSIVE", "FAIL"]
 
 
@@ -50,25 +58,43 @@ def fixed_settings() -> list[list[str]]:
     unit_TA = (np.stack([random.permutation(TRIALS) for _ in range(3)], 1) + 0.5) / TRIALS
     return [
         [
-            f"levers.kl_anchor.weight={2 * 25 ** float(weight):.3g}",
-            f"levers.kl_anchor.self_generated.fraction={0.2 + 0.4 * float(share):.2f}",
-            f"levers.budget.learning_rate={1e-4 * 10 ** float(rate):.3g}",
+            f"levers.kl_anchor.weight={0.5 * 40 ** float(weight):.3g}",
+            f"levers.kl_anchor.self_generated.fraction={0.3 + 0.4 * float(share):.2f}",
+            f"levers.budget.learning_rate={rate_of(RATE / 2 * 4 ** float(rate)):.3g}",
         ]
         for weight, share, rate in unit_TA
     ]
 
 
-def cells(lessons: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:
-    """What is to be run; all that a line of the contract needs of one seed before the next seed."""
-    for seed in seeds:
-        for lesson in lessons:
-            yield {"lesson": lesson, "seed": seed, "arm": "plain"}
-            for budget in BUDGETS:
-                yield {"lesson": lesson, "seed": seed, "arm": f"budget {budget}"}
-    for seed in seeds:
-        for lesson in lessons:
-            for trial in range(TRIALS):
-                yield {"lesson": lesson, "seed": seed, "arm": f"fixed {trial}"}
+def rate_of(times: float) -> float:
+    """So many times the automatic learning rate of full fine-tuning."""
+    return times * Budget().peak(AutoConfig.from_pretrained(base_path()), adapter=False)
+
+
+def cells(done: Sequence[Cell]) -> Iterator[Cell]:
+    """What is to be run, given what has been."""
+    for seed, lesson in product(SEEDS, LESSONS):
+        for arm in ("plain", *(f"budget {budget}" for budget in BUDGETS)):
+            yield {"lesson": lesson, "seed": seed, "arm": arm}
+    for lesson, trial in product(LESSONS, range(TRIALS)):
+        yield {"lesson": lesson, "seed": SEEDS[0], "arm": f"fixed {trial}"}
+    for seed, lesson, budget in product(SEEDS[1:], LESSONS, BUDGETS):
+        if best := best_fixed(done, lesson, budget):
+            yield {"lesson": lesson, "seed": seed, "arm": best["arm"]}
+
+
+def best_fixed(done: Sequence[Cell], lesson: str, budget: str) -> Cell | None:
+    """Of a whole search, the setting that learned most within the budget, if one learned at all."""
+    tried = [
+        cell
+        for cell in done
+        if (cell["lesson"], cell["seed"]) == (lesson, SEEDS[0]) and cell["arm"].startswith("fixed")
+    ]
+    within = [
+        cell for cell in tried if "failed" not in cell and cell["worst_rise"] <= amount(budget)
+    ]
+    best = max(within, key=lambda cell: float(cell["target"]), default=None)
+    return best if best and best["target"] and len(tried) == TRIALS else None
 
 
 def learn(cell: Cell) -> list[Cell]:
@@ -80,13 +106,23 @@ def learn(cell: Cell) -> list[Cell]:
         "fixed": fixed_settings()[int(which)] if kind == "fixed" else [],
     }[kind]
     with TemporaryDirectory() as scratch:
-        files = write_files(Path(scratch) / "data", lesson=cell["lesson"], seed=cell["seed"])
+        files = write_files(
+            Path(scratch) / "data",
+            lesson=cell["lesson"],
+            seed=cell["seed"],
+            documents_a_domain=DOCUMENTS,
+        )
         items = [json.loads(line) for line in files["probes"].read_text().splitlines()]
         asked = [json.dumps(item) for item in items if "target" in item.get("tags", ())]
         files["probes"].write_text("\n".join(asked) + "\n")
-        sizes = [f"train.steps={STEPS}", f"train.batch_tokens={TOKENS}", "train.save_every=100000"]
-        recipe = lab_recipe(files, Path(scratch) / "run", [*LENGTH, *sizes, *words],
-                            seed=cell["seed"])  # fmt: skip
+        sizes = [
+            f"train.steps={STEPS}",
+            f"train.batch_tokens={TOKENS}",
+            "train.save_every=100000",
+            f"levers.budget.learning_rate={rate_of(RATE):.3g}",
+        ]
+        words = [*LENGTH, *sizes, *words]
+        recipe = lab_recipe(files, Path(scratch) / "run", words, seed=cell["seed"])
         margins = {"canary": which if kind == "budget" else "1%"}
         gate = recipe.gate.model_copy(update={"margins": margins})
         started = time.process_time()
@@ -134,18 +170,14 @@ def table(done: Sequence[Cell], wanted: int) -> None:
               f"{said(k / n >= 0.95)}; {passed} of {n} are shown to be (PASS)")  # fmt: skip
     ratios: dict[tuple[str, int], list[float]] = {}
     for cell in ours:
-        fixed = [found.get((cell["lesson"], cell["seed"], f"fixed {i}")) for i in range(TRIALS)]
-        if None in fixed:
-            continue
-        within = [one for one in fixed if one["worst_rise"] <= amount(cell["arm"].split()[1])]
-        best = max((one["target"] for one in within), default=0.0)
-        key = (cell["lesson"], cell["seed"])
-        if best:
-            ratios.setdefault(key, []).append(cell["target"] / best)
-        elif within:
-            print(f"{key}, {cell['arm']}: no fixed setting within it learned anything")
-        else:
-            print(f"{key}, {cell['arm']}: no fixed setting is within it")
+        best = best_fixed(done, cell["lesson"], cell["arm"].split()[1])
+        if cell["seed"] == SEEDS[0]:
+            named = " ".join(fixed_settings()[int(best["arm"].split()[1])]) if best else "none yet"
+            learned = f" learned {best['target']:.3f} at {best['worst_rise']:.2%}" if best else ""
+            print(f"{cell['lesson']}, {cell['arm']}: best fixed setting {named}{learned}")
+        elif best and (there := found.get((cell["lesson"], cell["seed"], best["arm"]))):
+            key = (cell["lesson"], cell["seed"])
+            ratios.setdefault(key, []).append(cell["target"] / max(there["target"], 0.01))
     line("target", "of the best fixed setting's", ratios, 0.97, at_least=True)
     costs: dict[tuple[str, int], list[float]] = {}
     for cell in ours:
@@ -181,26 +213,27 @@ def said(met: bool) -> str:
 
 
 def main(
-    cells_file: Annotated[Path, typer.Option("--cells", help="JSON lines, one a cell.")],
+    cells_file: Annotated[Path, typer.Option("--cells", help="JSON lines, one a cell.")] = RESULTS,
     jobs: Annotated[int, typer.Option(help="Cells at once, a CPU thread each.")] = 1,
     minutes: Annotated[float, typer.Option(help="Begin no cell after that.")] = 1e9,
-    lesson: list[str] | None = None,
-    seed: list[int] | None = None,
     arm: Annotated[str, typer.Option(help="Only arms that begin so.")] = "",
     show: Annotated[bool, typer.Option("--table", help="Run nothing.")] = False,
 ) -> None:
     """Run what is missing and print the contract."""
-    wanted = list(cells(LESSONS, SEEDS))
 
     def left(done: list[Cell]) -> Iterator[Cell]:
         there = {(one["lesson"], one["seed"], one["arm"]) for one in done}
-        for cell in cells(lesson or LESSONS, seed or SEEDS):
+        for cell in cells(done):
             if cell["arm"].startswith(arm) and tuple(cell.values()) not in there:
                 yield cell
 
     if not show:
         fill(cells_file, left, learn, str, jobs=jobs, minutes=minutes)
-    table([one for one in read(cells_file) if "failed" not in one], len(wanted))
+    done = [one for one in read(cells_file) if "failed" not in one]
+    table(
+        done,
+        len(LESSONS) * (len(SEEDS) * (1 + len(BUDGETS)) + TRIALS + len(SEEDS[1:]) * len(BUDGETS)),
+    )
 
 
 if __name__ == "__main__":

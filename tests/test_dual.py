@@ -20,6 +20,7 @@ from holdfast.dual import (
     Level,
     Strengths,
     Z,
+    allowed,
     bounds,
     heard,
     moved,
@@ -50,6 +51,16 @@ def test_a_larger_rise_never_loosens(x: float, one: float, other: float) -> None
 @given(INSIDE, st.floats(SLACK, 1))
 def test_within_the_budget_but_for_the_noise_nothing_moves(x: float, worst: float) -> None:
     assert moved(x, worst) == x
+
+
+@given(INSIDE, BUDGETS, st.floats(0, 1), st.floats(0, 1))
+def test_what_is_still_to_fall_spares_tightening_and_loosens_nothing(
+    x: float, worst: float, one: float, other: float
+) -> None:
+    sooner, later = (allowed(f(one, other)) for f in (max, min))
+    assert moved(x, worst, sooner) <= moved(x, worst, later)
+    assert moved(x, worst, sooner) >= moved(x, min(worst, 1.0))
+    assert allowed(0.0) == 1.0
 
 
 @given(INSIDE, INSIDE)

@@ -18,8 +18,10 @@ VALIDATION = 100
 LESSON = 512
 """Tokens of the lesson in a step."""
 
-PLAIN = ["levers.kl_anchor=none", "levers.adapter=none", "levers.budget.spike=0"]
-ADAPTER = ["levers.kl_anchor=none", "levers.budget.spike=0"]
+COSINE = ["levers.budget.spike=0", "levers.budget.schedule=cosine"]
+"""The classic recipe's schedule, for what is not holdfast; trl's own is a line, as holdfast's."""
+PLAIN = ["levers.kl_anchor=none", "levers.adapter=none", *COSINE]
+ADAPTER = ["levers.kl_anchor=none", *COSINE]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def replay(share: float) -> Arm:
 ARMS: dict[str, Arm] = {
     "full": Arm(PLAIN),
     "full, low rate": Arm(PLAIN, times=0.1),
+    "full, linear": Arm([*PLAIN, "levers.budget.schedule=linear"]),
     "trl LoRA": Arm(
         peer="trl-lora", times=0.25, note="SFTTrainer, LoRA on all linear, r 16, alpha 32"
     ),
@@ -87,7 +90,7 @@ ARMS: dict[str, Arm] = {
     "KL on task": Arm(
         [
             "levers.adapter=none",
-            "levers.budget.spike=0",
+            *COSINE,
             "levers.kl_anchor.on=task",
             "levers.kl_anchor.weight=1",
         ],
@@ -102,7 +105,7 @@ ARMS: dict[str, Arm] = {
     "replay 50 %, KL": Arm(
         [
             "levers.adapter=none",
-            "levers.budget.spike=0",
+            *COSINE,
             "levers.replay.sources=[{replay}]",
             "levers.replay.fraction=0.5",
             "levers.kl_anchor.self_generated.fraction=0",
@@ -115,6 +118,7 @@ ARMS: dict[str, Arm] = {
         [
             "levers.adapter.method=lora",
             "levers.adapter.target=all-linear",
+            "levers.budget.schedule=cosine",
             "levers.replay.sources=[{replay}]",
             "levers.replay.fraction=0.15",
             "levers.replay.own_pretraining=true",
@@ -127,7 +131,7 @@ ARMS: dict[str, Arm] = {
     ),
     "holdfast default": Arm(extra=0.5),
     "holdfast, budget 3 %": Arm(
-        ["budget.forgetting=3%", "canary.max_documents=64", "train.measure_every=12"],
+        ["budget.forgetting=3%", "canary.max_documents=64"],
         extra=0.5,
         watched=True,
     ),

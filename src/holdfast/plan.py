@@ -26,6 +26,7 @@ layer, and one layer whole.
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,7 @@ from holdfast.data.example import Example, Role
 from holdfast.data.stream import Stream
 from holdfast.errors import RequestError
 from holdfast.levers import Setup, wrapped
-from holdfast.levers.kl_anchor import KlAnchor
+from holdfast.levers.kl_anchor import MOST, KlAnchor
 from holdfast.lineage import locate
 from holdfast.prepare import Prepared, load, prepare
 from holdfast.recipe import Recipe
@@ -113,7 +114,9 @@ class Plan:
     learning_rate: float
     """At its peak."""
     anchor_weight: float
-    """Of the mean KL beside the lesson's mean loss; 0: none."""
+    """Of the mean KL beside the lesson's mean loss; 0: none. Where `anchor_scales`, the least."""
+    anchor_scales: bool
+    """Whether the weight is multiplied by the base's loss, which is not known yet."""
     batch_tokens: int
     """Tokens of one step, over all devices."""
     max_length: int
@@ -147,7 +150,11 @@ class Plan:
         table.add_row("one step", f"{self.batch_tokens:,} tokens in {passes}")
         table.add_row("learning rate", f"{self.learning_rate:.2g}")
         if self.anchor_weight:
-            table.add_row("anchor weight", f"{self.anchor_weight:.3g}")
+            times = ", times the base's loss on the canary above 1 nat; at most "
+            table.add_row(
+                "anchor weight",
+                f"{self.anchor_weight:.3g}{f'{times}{MOST:g}' if self.anchor_scales else ''}",
+            )
         table.add_row("longest row", f"{self.max_length:,} tokens", end_section=True)
         for stream in self.streams:
             table.add_row(stream.name, _stream_line(stream))
@@ -171,6 +178,7 @@ def plan(recipe: Recipe, console: Console | None = None) -> Plan:
         RequestError: the model, its tokenizer or the data cannot be used.
     """
     recipe = settled(recipe)
+    anchor = recipe.levers.kl_anchor
     with tempfile.TemporaryDirectory() as folder:
         prepared = sketch(recipe, Path(folder), console or Console(quiet=True))
         try:
@@ -185,7 +193,8 @@ def plan(recipe: Recipe, console: Console | None = None) -> Plan:
             trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
             steps=prepared.steps,
             learning_rate=recipe.levers.budget.peak(model.config, not recipe.levers.adapter.off),
-            anchor_weight=recipe.levers.kl_anchor.strength(prepared.steps),
+            anchor_weight=(least := anchor.strength(prepared.steps)),
+            anchor_scales=least < anchor.strength(prepared.steps, math.inf),
             batch_tokens=prepared.mixture.batch_tokens,
             max_length=prepared.setup.max_length,
             micro_batches=prepared.mixture.micro_batches,

@@ -37,6 +37,7 @@ from holdfast.levers import (
     combined,
 )
 from holdfast.meters import Reading
+from holdfast.meters.canary import mean_loss
 from holdfast.meters.drift import Start
 from holdfast.meters.motion import read_gradient
 from holdfast.reference import Reference
@@ -93,6 +94,7 @@ class HoldfastTrainer(Trainer):
         self.meters, self.every, self.record = tuple(meters), every, record
         self._gradient: list[Reading] = []
         self.before, self.mixture = tuple(before), mixture
+        self.base_loss = mean_loss(before)
         self.choice = choice
         self.kl_roles = frozenset[Role]().union(*(lever.kl_roles() for lever in self.levers))
         self.refused: list[dict[str, Any]] = []  # step and reason of each
@@ -152,6 +154,7 @@ class HoldfastTrainer(Trainer):
             self.args.gradient_accumulation_steps * world,
             self.args.seed,
             self.state.max_steps,
+            self.base_loss,
         )
         kl_B = kl_rows(self.levers, inputs["input_ids"], state)
         readers = [lever for lever in self.levers if lever.reads_losses]
@@ -261,6 +264,11 @@ class HoldfastTrainer(Trainer):
                 group["lr"] = rate * factor
         return factor * float(self._get_learning_rate())
 
+    def rate_to_fall(self) -> float:
+        """What the schedule's learning rate has still to fall, as part of its peak."""
+        of_peak = self.lr_scheduler.lr_lambdas[0]
+        return float(of_peak(self.state.global_step) - of_peak(self.state.max_steps))
+
     def share_tokens(self) -> None:
         """Give the lesson its share from the step after next: the next one's rows are under way."""
         share = combined(self.levers, self.lever_memory).share
@@ -326,8 +334,12 @@ class _LeverCallback(TrainerCallback):
             readings += trainer._looked_at
         if due:
             readings += trainer._gradient
-            left, held = 1 - step / state.max_steps, any(name != "task" for name in terms)
-            probe = ProbeContext(step, before=trainer.before, left=left, held=held)
+            probe = ProbeContext(
+                step,
+                before=trainer.before,
+                to_fall=trainer.rate_to_fall(),
+                held=any(name != "task" for name in terms),
+            )
             for lever in trainer.levers:
                 lever.after_probe(trainer._looked_at, probe, trainer.lever_memory[lever.key])
             trainer.share_tokens()

@@ -139,11 +139,11 @@ def test_noise_counts_against_the_run_but_does_not_move_it_alone() -> None:
     assert lever.strengths(memory) == Strengths(), "0.3 + 0.45 budgets is neither"
 
 
-def test_early_in_a_run_twice_the_budget_is_allowed() -> None:
+def test_while_the_rate_has_to_fall_more_is_allowed_and_nothing_is_loosened_for_it() -> None:
     lever, memory = Forgetting(budget="1%"), Memory()
-    check(lever, memory, risen(0.018), left=0.9)
+    check(lever, memory, risen(0.03), to_fall=0.9)
     assert lever.strengths(memory) == Strengths()
-    check(lever, memory, risen(0.018), left=0.1)
+    check(lever, memory, risen(0.03), to_fall=0.1)
     assert lever.strengths(memory).weight > 1
 
 
@@ -158,7 +158,7 @@ def test_it_gives_up_once_nothing_is_left_to_tighten_and_says_what_was_reached()
     lever, memory = Forgetting(budget="1%"), Memory()
     stops = []
     for _ in range(20):
-        stops.append(check(lever, memory, risen(0.05), left=0.9).stop)
+        stops.append(check(lever, memory, risen(0.05), to_fall=0.1).stop)
         if stops[-1]:
             break
     reached = lever.strengths(memory)
@@ -173,7 +173,7 @@ def test_it_gives_up_once_nothing_is_left_to_tighten_and_says_what_was_reached()
 
 def test_it_gives_up_soon_on_what_is_hopeless() -> None:
     lever, memory = Forgetting(budget="0.01%"), Memory()
-    stops = [check(lever, memory, risen(0.05), left=0.9).stop for _ in range(PATIENCE + 1)]
+    stops = [check(lever, memory, risen(0.05), to_fall=0.1).stop for _ in range(PATIENCE + 1)]
     assert stops[:-1] == [None] * PATIENCE, "the first one may yet be falling"
     assert "cannot be met" in str(stops[-1])
 
@@ -182,7 +182,7 @@ def test_it_does_not_give_up_while_a_rise_is_being_repaired() -> None:
     lever, memory = Forgetting(budget="0.01%"), Memory()
     for number in range(20):
         now = risen(0.5 * 0.8**number)
-        assert check(lever, memory, now, left=0.4).stop is None
+        assert check(lever, memory, now, to_fall=0.4).stop is None
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from holdfast.errors import RequestError
 from holdfast.levers import Setup, StepState, Term, TokenLosses
 from holdfast.levers.adapter import Adapter
 from holdfast.levers.kl_anchor import KlAnchor
+from holdfast.meters import Reading
 from holdfast.objective import DenseBase
 from holdfast.reference.frozen import Frozen
 from holdfast.step import token_losses
@@ -313,13 +314,28 @@ def test_a_padded_stage_is_compared(here: Path, quick: list[str], holdfast: Any)
     ("steps", "weight"), [(0, 1.0), (75, 1.0), (150, 2.0), (600, 8.0), (1500, 20.0), (9000, 20.0)]
 )
 def test_the_automatic_weight_is_a_75th_of_the_steps_within_bounds(steps, weight):
-    assert KlAnchor().strength(steps) == pytest.approx(weight)
-    assert KlAnchor(weight=3.0).strength(steps) == 3.0
+    for little in (0.0, 0.4, 1.0):
+        assert KlAnchor().strength(steps, little) == pytest.approx(weight)
+    assert KlAnchor(weight=3.0).strength(steps, 5.0) == 3.0
 
 
-def test_a_run_weighs_its_kl_by_its_own_number_of_steps(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("steps", "weight"), [(0, 1.0), (15, 1.0), (75, 4.5), (150, 9.0), (600, 20.0)]
+)
+def test_the_automatic_weight_grows_with_the_loss_of_the_base(steps, weight):
+    assert KlAnchor().strength(steps, 4.5) == pytest.approx(weight)
+
+
+def test_a_run_weighs_its_kl_by_its_own_steps_and_its_base(tmp_path: Path):
+    canary = {"unit": "nats", "split": "selection", "n": 1, "stderr": 0.0, "step": 0}
+    before = [
+        Reading("canary", "prose", value=1.0, **canary),
+        Reading("canary", "code", value=2.0, **canary),
+        Reading("canary", "code", value=9.0, **canary | {"split": "sealed"}),
+        Reading("lesson", "rows", value=9.0, **canary),
+    ]
     anchor = KlAnchor(self_generated=FEW)
-    trainer = tiny_run([Adapter(method="lora", r=2), anchor], tmp_path, steps=2)
+    trainer = tiny_run([Adapter(method="lora", r=2), anchor], tmp_path, steps=2, before=before)
     weights: list[float] = []
     found = KlAnchor.terms
 
@@ -332,4 +348,4 @@ def test_a_run_weighs_its_kl_by_its_own_number_of_steps(tmp_path: Path):
         patch.setattr(KlAnchor, "terms", terms)
         patch.setattr("holdfast.levers.kl_anchor.STEPS_A_UNIT", 0.5)
         trainer.train()
-    assert set(weights) == {4.0}  # 2 steps / 0.5
+    assert set(weights) == {6.0}  # 2 steps / 0.5, times (1 + 2) / 2 nats

@@ -114,6 +114,8 @@ class StepState:
     """The run's; what is drawn in a step is drawn from (seed, step)."""
     steps: int = 0
     """Optimizer steps of the whole run."""
+    base_loss: float = 0.0
+    """Mean loss of the base on its canary, nats a token; 0 where none was read."""
 
 
 @dataclass
@@ -145,8 +147,8 @@ class ProbeContext:
     """Set to a reason to end training after this step."""
     before: Sequence[Reading] = ()
     """The base's readings, with their items."""
-    left: float = 0.0
-    """Share of the steps still to come."""
+    to_fall: float = 0.0
+    """What the schedule's learning rate has still to fall, as part of its peak."""
     held: bool = False
     """Whether this step's loss had a term beside the lesson's."""
     noted: list[tuple[str, str, float]] = field(default_factory=list)

@@ -7,7 +7,7 @@ recipe's.
 Estimator: paired rises of the same texts and items on the selection split, with their standard
 error; nothing of the sealed split is looked at.
 Cost: readings while training, `CHECKS` of them, each of at most `DOCUMENTS` texts a domain.
-Early in a run the budget is up to twice what it is at the end: large steps do damage that later,
+While the learning rate has still to fall, more is allowed: large steps do damage that later,
 smaller ones repair, and a budget is for the model that comes out.
 """
 
@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from holdfast.dual import Level, Strengths, bounds, heard, moved, strengths, worst_upper
+from holdfast.dual import (
+    Level,
+    Strengths,
+    allowed,
+    bounds,
+    heard,
+    moved,
+    strengths,
+    worst_upper,
+)
 from holdfast.gate.margins import Gate, Margin, MarginText, in_short, lower_is_better
 from holdfast.gate.stats import paired_difference
 from holdfast.levers import Lever, Memory, ProbeContext
@@ -28,9 +37,9 @@ from holdfast.levers import Lever, Memory, ProbeContext
 if TYPE_CHECKING:
     from holdfast.meters import Reading
 
-CHECKS = 12
+CHECKS = 8
 """Readings while training, where `train.measure_every` says nothing else."""
-DOCUMENTS = 32
+DOCUMENTS = 24
 """Texts of a domain that a reading takes; another part of them each time."""
 PATIENCE = 3
 """Checks in a row with nothing left to tighten, or hopeless, after which a budget cannot be met."""
@@ -88,17 +97,17 @@ class Forgetting(Lever):
         broken = [rise.name for rise in found if not math.isfinite(rise.value)]
         worst = BROKEN if broken else worst_upper(levels.values())
         culprit = broken[0] if broken else max(levels, key=lambda name: levels[name].upper)
-        allowed = 1.0 + ctx.left
+        most = allowed(ctx.to_fall)
         x, held = memory.get("x", 0.0), memory.get("held", False) or ctx.held
-        memory["x"], memory["held"] = moved(x, worst / allowed, held), held
-        self._tell(ctx, memory, x, worst / allowed, culprit)
+        memory["x"], memory["held"] = moved(x, worst, most, held), held
+        self._tell(ctx, memory, x, worst, most, culprit)
         lesson = [r.value for r in readings if (r.meter, r.split) == ("lesson", "selection")]
         memory.setdefault("frontier", []).append(
             [ctx.step, sum(lesson) / len(lesson) if lesson else None, worst, culprit]
         )
         least = BROKEN if broken else max(level.lower for level in levels.values())
         falling = worst < FALLING * memory.get("worst", math.inf)
-        lost = least > HOPELESS or (least > allowed and x == bounds(held)[1])
+        lost = least > max(HOPELESS, most) or (least > most and x == bounds(held)[1])
         memory["stuck"] = memory.get("stuck", 0) + 1 if lost and not falling else 0
         memory["worst"] = worst
         if memory["stuck"] >= PATIENCE:
@@ -109,7 +118,13 @@ class Forgetting(Lever):
             )
 
     def _tell(
-        self, ctx: ProbeContext, memory: Memory, before: float, worst: float, culprit: str
+        self,
+        ctx: ProbeContext,
+        memory: Memory,
+        before: float,
+        worst: float,
+        most: float,
+        culprit: str,
     ) -> None:
         """Keep what was seen and what it moved, as readings and, where something moved, a note."""
         now = self.strengths(memory)
@@ -119,8 +134,9 @@ class Forgetting(Lever):
         if memory["x"] != before:
             word = "tightened" if memory["x"] > before else "loosened"
             memory.setdefault("moves", []).append(
-                f"step {ctx.step}: {culprit} at {worst:.2f} of what is allowed now, so {word}: "
-                f"weight x{now.weight:.3g}, lesson's share x{now.share:.3g}, step x{now.rate:.3g}"
+                f"step {ctx.step}: {culprit} at {worst:.2f} budgets, {most:.1f} are allowed now, "
+                f"so {word}: weight x{now.weight:.3g}, lesson's share x{now.share:.3g}, "
+                f"step x{now.rate:.3g}"
             )
 
 

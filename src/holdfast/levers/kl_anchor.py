@@ -39,8 +39,10 @@ WORDS = ("auto", "adapter_off", "frozen", "cache")
 ROWS = "self_generated"
 STEPS_A_UNIT = 75
 LEAST, MOST = 1.0, 20.0
-"""The automatic weight: the run's steps / STEPS_A_UNIT, within bounds. A heavier anchor keeps more
-and slows the lesson, so a run can afford the more of it the longer it is (docs/defaults.md)."""
+"""The automatic weight: the run's steps / STEPS_A_UNIT, times the base's loss on text of its own
+kind where that is above 1 nat a token, within bounds. A heavier anchor keeps more and slows the
+lesson, so a run can afford the more of it the longer it is; and a lesson that cannot be known by
+heart pulls to the last step, by about as much as it leaves unknown (docs/defaults.md)."""
 COIN = 0xA5C0
 """Sets this lever's draws apart from others of the same seed."""
 
@@ -69,7 +71,8 @@ class KlAnchor(Lever):
 
     weight: Annotated[float, Field(ge=0.0)] | Literal["auto"] = "auto"
     """Weight of the mean KL (nats a token) beside the lesson's mean loss. auto: a 75th of the run's
-    steps, from 1 to 20. 0 turns it off."""
+    steps, times the base's loss on the canary where that is above 1 nat, from 1 to 20. 0 turns it
+    off."""
     task_weight: float | None = Field(default=None, gt=0.0)
     """Weight on the lesson's positions where `on` is both; empty: `weight`."""
     on: Literal["anchor", "task", "both"] = "anchor"
@@ -233,11 +236,15 @@ class KlAnchor(Lever):
             kept = [self._taken(state, int.from_bytes(digest, "big")) for digest in digests]
         return torch.tensor(kept, device=input_ids_BW.device)
 
-    def strength(self, steps: int) -> float:
-        """The weight in a run of so many optimizer steps."""
+    def strength(self, steps: int, base_loss: float = 0.0) -> float:
+        """The weight in a run of so many optimizer steps.
+
+        Args:
+            base_loss: of the base on text of its own kind, nats a token.
+        """
         if self.weight != "auto":
             return self.weight
-        return min(max(steps / STEPS_A_UNIT, LEAST), MOST)
+        return min(max(steps / STEPS_A_UNIT * max(base_loss, 1.0), LEAST), MOST)
 
     def _taken(self, state: StepState, *row: int) -> bool:
         """The coin of a step, or of a row in it: true with probability `share`."""
@@ -253,7 +260,7 @@ class KlAnchor(Lever):
         """
         if self.share < 1 and self.share_of == "steps" and not self._taken(state):
             return {}
-        weights = dict.fromkeys(self.kl_roles(), self.strength(state.steps))
+        weights = dict.fromkeys(self.kl_roles(), self.strength(state.steps, state.base_loss))
         if self.task_weight is not None and weights:
             weights[Role.TASK] = self.task_weight
         return {

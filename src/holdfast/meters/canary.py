@@ -106,6 +106,14 @@ def read_canary(
     ]
 
 
+def mean_loss(readings: Sequence[Reading]) -> float:
+    """Mean over domains of the canary's selection half, nats a token; 0 where there is none."""
+    found = [
+        r.value for r in readings if (r.meter, r.split, r.unit) == ("canary", "selection", "nats")
+    ]
+    return sum(found) / len(found) if found else 0.0
+
+
 def read_bits(
     readings: Sequence[Reading],
     documents: Sequence[Document],
