@@ -135,7 +135,7 @@ WRONG = {
     "nothing for a section": recipe("train:", ("train: null", "section", "leave it out")),
     "other choice": recipe(
         "levers: {budget: {schedule: cosin}}",
-        ('levers.budget.schedule: "cosin"', "'cosine', 'linear'", "works: cosine"),
+        ('levers.budget.schedule: "cosin"', "'cosine', 'linear'", "works: linear"),
     ),
     "no branch of a union": recipe(
         "levers: {budget: {learning_rate: fast}}",

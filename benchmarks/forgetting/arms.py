@@ -19,7 +19,7 @@ LESSON = 512
 """Tokens of the lesson in a step."""
 
 COSINE = ["levers.budget.spike=0", "levers.budget.schedule=cosine"]
-"""The classic recipe's schedule, for what is not holdfast; trl's own is a line, as holdfast's."""
+"""The classic recipe's schedule, for what is not holdfast's."""
 PLAIN = ["levers.kl_anchor=none", "levers.adapter=none", *COSINE]
 ADAPTER = ["levers.kl_anchor=none", *COSINE]
 
@@ -130,6 +130,7 @@ ARMS: dict[str, Arm] = {
         note="replay 15 %, KL 0.05 on the lesson, LoRA r 16, alpha 32, cosine, clipping",
     ),
     "holdfast default": Arm(extra=0.5),
+    "holdfast, cosine": Arm(["levers.budget.schedule=cosine"], extra=0.5),
     "holdfast, budget 3 %": Arm(
         ["budget.forgetting=3%", "canary.max_documents=64"],
         extra=0.5,

@@ -47,7 +47,8 @@ the validation seed, reference gain {REFERENCE[0]:g}, rise {REFERENCE[1]:.0%}. t
 seconds and peak memory of one training in a process of its own, over those of plain full
 fine-tuning. p: gain less forgotten, against {OURS}, Holm over the arms. An arm marked * learned
 less than {EQUAL:.0%} of what full fine-tuning can, at every rate: what it forgot is not to be
-compared.
+compared. The rate falls along a line in holdfast's arms and in "full, linear", in every other along
+the classic recipe's cosine.
 """
 
 
