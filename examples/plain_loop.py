@@ -117,7 +117,7 @@ def train(
     model.eval()  # dropout would read as divergence from the base
     for step, (lesson, anchor, ntp) in enumerate(steps):
         fall = (step - warmup) / (len(steps) - warmup)
-        rate = peak * (step / warmup if step < warmup else (1 + math.cos(math.pi * fall)) / 2)
+        rate = peak * (step / warmup if step < warmup else 1 - fall)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         loss, parts = loss_of_step(model, lesson, anchor, kl_weight, ntp)

@@ -228,6 +228,7 @@ def test_code_is_run_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
         return [sandbox.Outcome(True, "") for _ in jobs]
 
     monkeypatch.setattr(sandbox, "run_all", run_all)
+    monkeypatch.setattr(sandbox, "run_code", lambda *_given, **_options: sandbox.Outcome(True, ""))
     (one,) = read_probes(MODEL, TOKENIZER, [item], 0, run_generated_code=True)
     assert seen == [(f"cat{answer}", "assert cat")]
     assert (one.value, one.answers) == (1.0, {"1": answer})

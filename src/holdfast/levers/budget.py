@@ -57,8 +57,8 @@ class Budget(Lever):
     learning_rate: float | Literal["auto"] = "auto"
     """Peak learning rate; auto: by mode and hidden size (the formula is in docs/levers.md)."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "linear"
-    """After the warm-up: to zero along a line or a cosine, or constant. A line leaves the anchor larger
-    last steps, in which what was forgotten on the way is repaired."""
+    """After the warm-up: to zero along a line or a cosine, or constant. A line leaves the anchor
+    larger last steps, in which what was forgotten on the way is repaired."""
     warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the steps with a linearly rising learning rate. 0 turns it off."""
     clip: float = Field(default=1.0, ge=0.0)
