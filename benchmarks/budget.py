@@ -36,16 +36,15 @@ from typing import Annotated
 import numpy as np
 import typer
 from scipy.stats import beta
-from transformers import AutoConfig
 
 from holdfast.demo import DOCUMENTS, LENGTH, lab_recipe
-from holdfast.lab import base_path, write_files
-from holdfast.levers.budget import Budget
+from holdfast.lab import write_files
 from holdfast.run import train
 
 sys.path.append(str(Path(__file__).resolve().parent / "forgetting"))
 
 from arms import ARMS, SCAN
+from cell import peak_rate
 from score import point
 
 from cells import Cell, fill, read
@@ -90,13 +89,12 @@ def settings(arm: str) -> list[str]:
     if arm[0].isdigit():
         rate, name = float(arm.partition("x")[0]), arm.partition(" ")[2]
     how = SCAN[name] if name else ARMS["holdfast default"]
-    peak = rate * Budget().peak(AutoConfig.from_pretrained(base_path()), adapter=False)
     budget = [f"budget.forgetting={arm.split()[1]}"] if arm.startswith("budget") else []
     return [
         f"train.steps={STEPS}",
         f"train.batch_tokens={how.batch_tokens}",
         "train.save_every=100000",
-        f"levers.budget.learning_rate={peak:.3g}",
+        f"levers.budget.learning_rate={peak_rate(how, rate):.3g}",
         *how.words,
         *budget,
     ]

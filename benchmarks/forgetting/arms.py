@@ -18,10 +18,10 @@ VALIDATION = 100
 LESSON = 512
 """Tokens of the lesson in a step."""
 
-COSINE = ["levers.budget.spike=0", "levers.budget.schedule=cosine"]
-"""The classic recipe's schedule, for what is not holdfast's."""
-PLAIN = ["levers.kl_anchor=none", "levers.adapter=none", *COSINE]
-ADAPTER = ["levers.kl_anchor=none", *COSINE]
+CLASSIC = ["levers.budget.spike=0", "levers.budget.schedule=cosine"]
+"""The classic recipe's schedule and no spike rule, for what is not holdfast's."""
+PLAIN = ["levers.kl_anchor=none", "levers.adapter=none", *CLASSIC]
+ADAPTER = ["levers.kl_anchor=none", *CLASSIC]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ ARMS: dict[str, Arm] = {
     "KL on task": Arm(
         [
             "levers.adapter=none",
-            *COSINE,
+            *CLASSIC,
             "levers.kl_anchor.on=task",
             "levers.kl_anchor.weight=1",
         ],
@@ -105,7 +105,7 @@ ARMS: dict[str, Arm] = {
     "replay 50 %, KL": Arm(
         [
             "levers.adapter=none",
-            *COSINE,
+            *CLASSIC,
             "levers.replay.sources=[{replay}]",
             "levers.replay.fraction=0.5",
             "levers.kl_anchor.self_generated.fraction=0",

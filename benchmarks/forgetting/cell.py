@@ -73,7 +73,9 @@ def learn(cell: Cell) -> list[Cell]:
         found = _read(str(base_path()), base, files, seed)
         if seed != VALIDATION:
             items = Texts(Canary(), [str(files[0]["probes"])]).items()
-            found |= _probed(files[-1]["lesson"], str(base_path()), base, items, _rate(Arm(), 0.1))
+            found |= _probed(
+                files[-1]["lesson"], str(base_path()), base, items, peak_rate(Arm(), 0.1)
+            )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     about = {"left_out": LEFT_OUT, "seconds": round(seconds, 1), "device": device}
     return [found | first | about]
@@ -110,7 +112,8 @@ def _files(folder: Path, lesson: str, seed: int) -> dict[str, Path]:
     return files | {"all": files["replay"], "replay": kept, "few": few, "name": Path(lesson)}
 
 
-def _rate(arm: Arm, times: float) -> float:
+def peak_rate(arm: Arm, times: float) -> float:
+    """So many times the automatic learning rate, as the arm scales it."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base_path())
@@ -119,7 +122,7 @@ def _rate(arm: Arm, times: float) -> float:
 
 def _train(arm: Arm, base: str, files: dict[str, Path], out: Path, cell: dict[str, Any]) -> str:
     """The tuned checkpoint's folder."""
-    rate, steps = _rate(arm, cell["rate"]), cell["steps"]
+    rate, steps = peak_rate(arm, cell["rate"]), cell["steps"]
     if arm.peer is not None:
         from peers import PEERS
 

@@ -17,7 +17,7 @@ from holdfast.levers import wrapped
 from holdfast.levers.forgetting import CHECKS, DOCUMENTS
 from holdfast.measure import Measure
 from holdfast.meters import Reading
-from holdfast.meters.canary import in_turn, mean_loss
+from holdfast.meters.canary import in_turn
 from holdfast.prepare import Prepared
 from holdfast.recipe import Recipe
 
@@ -71,10 +71,6 @@ def assemble(
         lever.prepare(setup)
     if isinstance(setup.reference, Cached):  # refuse now what would be refused at some later step
         setup.reference.require(prepared.rows_of(recipe.levers.kl_anchor.kl_roles()))
-    anchor = recipe.levers.kl_anchor
-    if anchor.kl_roles():
-        weight = anchor.strength(steps, mean_loss(before))
-        setup.notes["anchor weight"] = f"{weight:.3g} a nat of KL, beside the lesson's mean loss"
     arguments: dict[str, Any] = {}
     for lever in levers:
         arguments |= lever.arguments(setup.model.config)
@@ -138,6 +134,10 @@ def assemble(
         before=before,
         callbacks=[RichProgress(console)],
     )
+    anchor = recipe.levers.kl_anchor
+    if anchor.kl_roles():
+        weight = anchor.strength(steps, trainer.base_loss)
+        setup.notes["anchor weight"] = f"{weight:.3g} a nat of KL, beside the lesson's mean loss"
     if recipe.train.patience and choice is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.train.patience))
     trainer.remove_callback(PrinterCallback)

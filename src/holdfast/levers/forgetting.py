@@ -107,7 +107,7 @@ class Forgetting(Lever):
         )
         least = BROKEN if broken else max(level.lower for level in levels.values())
         falling = worst < FALLING * memory.get("worst", math.inf)
-        lost = least > max(HOPELESS, most) or (least > most and x == bounds(held)[1])
+        lost = least > HOPELESS or (least > most and x == bounds(held)[1])
         memory["stuck"] = memory.get("stuck", 0) + 1 if lost and not falling else 0
         memory["worst"] = worst
         if memory["stuck"] >= PATIENCE:
