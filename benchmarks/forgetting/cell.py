@@ -19,7 +19,7 @@ import torch
 from arms import ARMS, SCAN, VALIDATION, Arm
 
 from holdfast.checkpoint import load_checkpoint
-from holdfast.compare import Texts, compare
+from holdfast.compare import Texts, compare, evaluate
 from holdfast.data.chat import encode_all
 from holdfast.data.rows import Source, iter_rows
 from holdfast.demo import LENGTH
@@ -67,8 +67,7 @@ def learn(cell: Cell) -> list[Cell]:
             if len(stages) > 1:
                 base = _merged(base, Path(scratch) / f"stage{stage}")
             if stage + 1 < len(stages):
-                found = _read(str(base_path()), base, files[: stage + 1], seed)
-                first = {"after_first_stage": found["target"][stages[stage]]}
+                first = {"after_first_stage": _learned(base, given)}
         seconds = time.perf_counter() - started
         found = _read(str(base_path()), base, files, seed)
         if seed != VALIDATION:
@@ -171,11 +170,8 @@ def _read(base: str, tuned: str, files: list[dict[str, Path]], seed: int) -> dic
     """Every probe and canary before and after, item by item."""
     probes = [str(files[0]["probes"])]
     with TemporaryDirectory() as scratch:
-        for more in files[1:]:  # the base's own probes are in each file: only the lesson's are new
-            lines = more["probes"].read_text(encoding="utf-8").splitlines(keepends=True)
-            own = [line for line in lines if "target" in json.loads(line)["tags"]]
-            probes.append(str(Path(scratch) / f"{more['name']}.jsonl"))
-            Path(probes[-1]).write_text("".join(own), encoding="utf-8")
+        # the base's own probes are in each file: of a second one only the lesson's are new
+        probes += [str(_own_probe(more, Path(scratch))) for more in files[1:]]
         canary = Canary.model_validate({"sources": [str(files[0]["canary"])]})
         found = compare(base, tuned, Texts(canary, probes), seed=seed)
     before = {_key(r): r for r in found.before}
@@ -197,6 +193,25 @@ def _read(base: str, tuned: str, files: list[dict[str, Path]], seed: int) -> dic
     }
     drift = found.summary.get("relative_displacement")
     return {"target": targets, **pairs, "kl": kl, "displacement": drift}
+
+
+def _own_probe(files: dict[str, Path], scratch: Path) -> Path:
+    """A lesson's probe without the base's."""
+    lines = files["probes"].read_text(encoding="utf-8").splitlines(keepends=True)
+    out = scratch / f"{files['name']}.jsonl"
+    out.write_text("".join(line for line in lines if "target" in json.loads(line)["tags"]))
+    return out
+
+
+def _learned(tuned: str, files: dict[str, Path]) -> float:
+    """Accuracy on a lesson's probe, of all its items."""
+    with TemporaryDirectory() as scratch:
+        texts = Texts(Canary(), [str(_own_probe(files, Path(scratch)))])
+        found = evaluate(tuned, texts, dtype="float32").readings
+    items = [
+        right for reading in found if _kind(reading) == "target" for right in reading.items.values()
+    ]
+    return sum(items) / len(items)
 
 
 def _probed(lesson: Path, base: str, tuned: str, items: list[Item], rate: float) -> Cell:
