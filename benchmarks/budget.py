@@ -92,7 +92,7 @@ def settings(arm: str) -> list[str]:
     budget = [f"budget.forgetting={arm.split()[1]}"] if arm.startswith("budget") else []
     return [
         f"train.steps={STEPS}",
-        f"train.batch_tokens={how.batch_tokens}",
+        f"train.batch_tokens={how.batch_tokens()}",
         "train.save_every=100000",
         f"levers.budget.learning_rate={peak_rate(how, rate):.3g}",
         *how.words,

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from holdfast.levers.replay import EARLIER
+
 RATES = (0.5, 1.0, 2.0, 4.0, 6.0)
 """Trials of every arm: times the automatic rate of full fine-tuning, or a quarter of an adapter's
 (`levers.budget`): on the lab adapters break at three times theirs."""
@@ -40,6 +42,9 @@ class Arm:
     """What the rates are multiplied by, besides."""
     watched: bool = False
     """Whether training itself needs the whole canary."""
+    staged: bool = False
+    """Whether a second stage starts from the first one's run folder, which says what it taught, and
+    not from its weights alone."""
     note: str = ""
 
     @property
@@ -47,10 +52,9 @@ class Arm:
         """Whether the automatic rate is an adapter's."""
         return self.peer == "trl-lora" or any("adapter.method" in word for word in self.words)
 
-    @property
-    def batch_tokens(self) -> int:
+    def batch_tokens(self, stage: int = 0) -> int:
         """Tokens of a step, so that `LESSON` of them are the lesson's."""
-        return round(LESSON / (1 - self.extra))
+        return round(LESSON / (1 - self.extra - (EARLIER if self.staged and stage else 0.0)))
 
 
 def adapter(method: str, *more: str) -> Arm:
@@ -129,12 +133,13 @@ ARMS: dict[str, Arm] = {
         times=0.25,
         note="replay 15 %, KL 0.05 on the lesson, LoRA r 16, alpha 32, cosine, clipping",
     ),
-    "holdfast default": Arm(extra=0.5),
-    "holdfast, cosine": Arm(["levers.budget.schedule=cosine"], extra=0.5),
+    "holdfast default": Arm(extra=0.5, staged=True),
+    "holdfast, cosine": Arm(["levers.budget.schedule=cosine"], extra=0.5, staged=True),
     "holdfast, budget 3 %": Arm(
         ["budget.forgetting=3%", "canary.max_documents=64"],
         extra=0.5,
         watched=True,
+        staged=True,
     ),
     "joint": Arm(
         [

@@ -63,8 +63,8 @@ def learn(cell: Cell) -> list[Cell]:
         base, first = str(base_path()), {}
         started = time.perf_counter()
         for stage, given in enumerate(files):
-            base = _train(arm, base, given, Path(scratch) / f"run{stage}", cell)
-            if len(stages) > 1:
+            base = _train(arm, base, given, Path(scratch) / f"run{stage}", cell, stage)
+            if len(stages) > 1 and not arm.staged:
                 base = _merged(base, Path(scratch) / f"stage{stage}")
             if stage + 1 < len(stages):
                 first = {"after_first_stage": _learned(base, given)}
@@ -119,14 +119,16 @@ def peak_rate(arm: Arm, times: float) -> float:
     return Budget().peak(config, arm.adapted) * arm.times * times
 
 
-def _train(arm: Arm, base: str, files: dict[str, Path], out: Path, cell: dict[str, Any]) -> str:
+def _train(
+    arm: Arm, base: str, files: dict[str, Path], out: Path, cell: Cell, stage: int = 0
+) -> str:
     """The tuned checkpoint's folder."""
     rate, steps = peak_rate(arm, cell["rate"]), cell["steps"]
     if arm.peer is not None:
         from peers import PEERS
 
         return PEERS[arm.peer](base, files["lesson"], out, rate, steps, cell["seed"])
-    words = [*LENGTH, *UNWATCHED, f"train.batch_tokens={arm.batch_tokens}"]
+    words = [*LENGTH, *UNWATCHED, f"train.batch_tokens={arm.batch_tokens(stage)}"]
     words += [f"levers.budget.learning_rate={rate}", f"train.steps={steps}"]
     words += [word.format(**files) for word in arm.words]
     recipe = load_recipe(

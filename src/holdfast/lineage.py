@@ -19,6 +19,8 @@ from holdfast.errors import RequestError
 
 PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+ARTIFACTS = ("model", "adapter")
+"""What a run's own weights are named in its folder."""
 MENDED = "give a folder written by save_pretrained"
 
 
@@ -43,6 +45,18 @@ class Stage:
             return []
         resolved: dict[str, Any] = _recipe_of(self.run).get("resolved", {})
         return list(resolved.get("lineage", []))
+
+    def taught(self) -> list[dict[str, Any]]:
+        """Sources of what this stage and those before it learned, the last one's first; of a run.
+
+        As the run's recipe has them. Its `model/` or `adapter/` may be named in its place.
+        """
+        weights = [*reversed(self.adapters), Path(self.model)]
+        folders = [self.run, *(one.parent for one in weights if one.name in ARTIFACTS)]
+        recipes = (_recipe_of(folder) for folder in folders if folder is not None)
+        recipe = next((one for one in recipes if "resolved" in one), {})
+        before = recipe.get("levers", {}).get("replay", {}).get("earlier", {})
+        return [*recipe.get("data", {}).get("sources", []), *before.get("sources", [])]
 
 
 def locate(path: str, revision: str | None = None, *, field: str = "model.path") -> Stage:

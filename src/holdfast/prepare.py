@@ -173,14 +173,16 @@ def prepare(
 def _tell_of_replay(
     recipe: Recipe, setup: Setup, streams: Sequence[Stream], console: Console
 ) -> None:
-    """Say which mix is replayed, and what of the canary is not."""
+    """Say which mix is replayed, which lessons are held, and what of both is not."""
     replay = recipe.levers.replay
-    if replay.off:
-        return
     stage = locate(recipe.model.path, recipe.model.revision)
     if "mixer" in setup.notes:
         came = " (it came with the model)" * (str(mixer_of(stage)) == replay.mixer)
         line = f"replaying the mix of {setup.notes['mixer']}{came}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if replay.earlier.share:
+        paths = ", ".join(source.path for source in replay.earlier.sources)
+        line = f"holding what was taught before: {paths} ({replay.earlier.share:.0%} of the tokens)"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     domains = {
         row.domain or Path(source.path).stem

@@ -125,8 +125,7 @@ class _LeversBase(Section):
     def other_share(self) -> float:
         """Share of each step's tokens that is not the lesson's."""
         anchor = self.kl_anchor
-        anchored = anchor.weight != 0 and anchor.on != "task"
-        return self.replay.share + (anchor.self_generated.fraction if anchored else 0.0)
+        return self.replay.share + (anchor.self_generated.fraction if anchor.anchored else 0.0)
 
     def active(self) -> tuple[Lever, ...]:
         """The levers in a fixed order (by name)."""
@@ -231,12 +230,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         replay, anchor = self.levers.replay, self.levers.kl_anchor
-        if replay.anchored and (anchor.weight == 0 or anchor.on == "task"):
+        if replay.anchored and not anchor.anchored:
             raise ValueError(
                 "levers.replay.loss: 'kl' needs levers.kl_anchor with weight above 0 and on: "
                 "anchor or both; set levers.replay.loss: ntp to replay with next-token loss"
             )
-        if self.levers.budget.kl_cap is not None and (anchor.weight == 0 or anchor.on == "task"):
+        if self.levers.budget.kl_cap is not None and not anchor.anchored:
             raise ValueError(
                 "levers.budget.kl_cap: is measured on anchor rows; set levers.kl_anchor.weight "
                 "above 0 with on: anchor or both, or leave kl_cap out"
@@ -256,7 +255,7 @@ class Recipe(Section):
             raise ValueError(
                 f"levers.replay.fraction + levers.kl_anchor.self_generated.fraction: {shares:g} "
                 "leaves no token for the lesson; keep the sum below 1, such as 0.2 and 0.25 "
-                "(replay counts with its keep and counterexamples)"
+                "(replay counts with its keep, counterexamples and earlier)"
             )
         if self.levers.adapter.four_bit and anchor.source(adapter=True)[0] == "frozen":
             raise ValueError(
@@ -275,8 +274,8 @@ class Recipe(Section):
             )
         return self
 
-    def with_mixer(self) -> Self:
-        """The same with the mixer that came with the model, where replay is left open.
+    def with_stage(self) -> Self:
+        """The same with what came with the model, where replay is left open: mixer and lessons.
 
         Raises:
             RequestError: there is one, and the recipe cannot replay it.
@@ -285,18 +284,22 @@ class Recipe(Section):
             stage = locate(self.model.path, self.model.revision)
         except RequestError:  # whoever loads the model says so
             return self
-        replay = self.levers.replay.inherited(stage)
+        replay = self.levers.replay.inherited(
+            stage, self.data.sources, anchored=self.levers.kl_anchor.anchored
+        )
         if replay is self.levers.replay:
             return self
         levers = self.levers.model_copy(update={"replay": replay})
+        came = [f"the mixer '{replay.mixer}'"] * (replay.mixer != self.levers.replay.mixer)
+        came += ["lessons that it was taught"] * (replay.earlier != self.levers.replay.earlier)
         try:
             levers = type(self.levers).model_validate(levers.model_dump())
             return type(self).model_validate({**dict(self), "levers": levers})
         except ValidationError as error:
             raise RequestError(
                 *(
-                    f"model.path: '{self.model.path}' came with the mixer '{replay.mixer}', but "
-                    f"{line}; or set levers.replay: none"
+                    f"model.path: '{self.model.path}' came with {' and '.join(came)}, but {line}; "
+                    "or set levers.replay: none"
                     for line in explain(error, type(self))
                 )
             ) from error
@@ -333,7 +336,7 @@ def load_recipe(path: str | Path | None = None, words: Iterable[str] = (), **fie
         problems += explain(error, Recipe, where=str(path) if path else "", elsewhere=given)
     if problems:
         raise RequestError(*problems)
-    return recipe.with_mixer()
+    return recipe.with_stage()
 
 
 def _read_word(word: str) -> tuple[str, Any]:

@@ -78,7 +78,7 @@ def train(
     from holdfast.trackers import Trackers
 
     console = console or Console(quiet=True)
-    recipe = settled(recipe.with_mixer())
+    recipe = settled(recipe.with_stage())
     started = time.perf_counter()
     items = load_items(recipe.probes)
     allow_code(items, recipe.train.run_generated_code)

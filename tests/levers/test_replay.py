@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from tiny_run import ALPHABET, LESSON, llama, tokenizer
 
@@ -22,7 +23,7 @@ from holdfast.data.rows import Source
 from holdfast.data.stream import Stream
 from holdfast.errors import RequestError
 from holdfast.levers import Setup, StepState, TokenLosses
-from holdfast.levers.replay import Replay
+from holdfast.levers.replay import EARLIER, Replay
 from holdfast.lineage import Stage
 
 NO_KL = torch.empty(0)
@@ -208,6 +209,85 @@ def test_a_domain_of_the_canary_that_is_not_replayed_is_told() -> None:
     (line,) = replay.warnings(stage, ["code", "latin", "greek"], streams)
     assert line.startswith("in the canary but not replayed: greek, latin; add rows")
     assert Replay().warnings(stage, ["latin"], []) == []
+
+
+def a_run(folder: Path, lesson: str, *before: str) -> Stage:
+    """A stage that learned these rows, after those before it."""
+    recipe = {
+        "data": {"sources": [Source(path=lesson).model_dump()]},
+        "levers": {"replay": Replay(earlier={"sources": [*before]}).model_dump(mode="json")},
+        "resolved": {},
+    }
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return Stage(str(folder / "model"))
+
+
+def test_what_earlier_stages_learned_is_held_without_being_asked_for(
+    tmp_path: Path, setup: Setup
+) -> None:
+    first, second, now = (write(tmp_path / f"{n}.jsonl", [9]) for n in ("first", "second", "now"))
+    stage = a_run(tmp_path / "two", second, first)
+    assert [one["path"] for one in stage.taught()] == [second, first]
+    replay = Replay().inherited(stage, [Source(path=now)], anchored=True)
+    assert [source.path for source in replay.earlier.sources] == [second, first]
+    streams = replay.streams(setup)
+    assert {s.name: round(s.share, 12) for s in streams} == {
+        "earlier/first": EARLIER / 2,
+        "earlier/second": EARLIER / 2,
+    }
+    assert {s.role for s in streams} == {Role.ANCHOR}
+    assert replay.warnings(stage, ["latin"], [s.name for s in streams]) == []
+
+
+def test_a_lesson_that_goes_on_is_not_held_back(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / f"{name}.jsonl", [9]) for name in ("first", "second"))
+    stage = a_run(tmp_path / "two", second, first)
+    replay = Replay().inherited(stage, [Source(path=second)], anchored=True)
+    assert [source.path for source in replay.earlier.sources] == [first]
+
+
+@pytest.mark.parametrize(
+    ("settings", "anchored"),
+    [(Replay.OFF, True), ({"earlier": {"fraction": 0.0}}, True), ({}, False)],
+)
+def test_earlier_lessons_are_let_go_where_that_is_asked_for(
+    tmp_path: Path, settings: dict[str, Any], anchored: bool
+) -> None:
+    stage = a_run(tmp_path / "one", write(tmp_path / "first.jsonl", [9]))
+    replay = Replay(**settings)
+    assert replay.inherited(stage, [], anchored=anchored) is replay
+    own = Replay(earlier={"sources": ["mine.jsonl"]}).inherited(stage, [], anchored=True)
+    assert [source.path for source in own.earlier.sources] == ["mine.jsonl"]
+
+
+def test_a_lesson_whose_file_is_gone_is_told(tmp_path: Path) -> None:
+    stage = a_run(tmp_path / "one", str(tmp_path / "gone.jsonl"))
+    replay = Replay().inherited(stage, [], anchored=True)
+    assert replay.off
+    (line,) = replay.warnings(stage, [], [])
+    assert line.startswith(f"the model was taught {tmp_path / 'gone.jsonl'}, which is not there")
+    assert Replay(**Replay.OFF).warnings(stage, [], []) == []
+
+
+def test_a_second_stage_says_what_it_holds(
+    here: Path, quick: list[str], holdfast: Callable[..., Any], finished_run: Path
+) -> None:
+    (here / "next.jsonl").write_text((here / "lesson.jsonl").read_text())
+    words = [f"model={finished_run}/model", "data=next.jsonl", *quick]
+    if not (finished_run / "model").is_dir():
+        words[0] = f"model={finished_run}"
+    second = holdfast("train", *words, "out=two")
+    assert second.code == 0, second.err
+    assert "holding what was taught before:" in second.out
+    recipe = yaml.safe_load((here / "two" / "recipe.yaml").read_text())
+    taught = yaml.safe_load((finished_run / "recipe.yaml").read_text())["data"]["sources"]
+    assert recipe["levers"]["replay"]["earlier"]["sources"] == taught
+    again = holdfast("train", *words, "out=two", "--resume")
+    assert again.code == 0, again.err
+    refused = holdfast("validate", *words, "levers.kl_anchor.self_generated.fraction=0.95")
+    assert refused.code == 2
+    assert "came with lessons that it was taught, but" in refused.err
 
 
 @pytest.mark.parametrize("kind", ["sources", "keep", "counterexamples", "mixer"])

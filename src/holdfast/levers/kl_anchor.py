@@ -131,6 +131,11 @@ class KlAnchor(Lever):
             return "reference_dtype"
         return "reference_device" if self.reference_device is not None else ""
 
+    @property
+    def anchored(self) -> bool:
+        """Whether anchor rows are held to the base's outputs."""
+        return self.weight != 0 and self.on != "task"
+
     def source(self, adapter: bool) -> tuple[Source, str]:
         """Where the base's probabilities come from, and why, when an adapter is trained or not."""
         if self.cache is not None:
@@ -163,7 +168,7 @@ class KlAnchor(Lever):
 
             identity = Identity.of(setup.model, setup.tokenizer, self.divergence.temperature)
             setup.reference = Cached.open(Path(self.cache), identity)
-        if self.weight == 0 or self.on == "task" or fraction == 0:
+        if not self.anchored or fraction == 0:
             return ()
         from holdfast.data.self_generated import generate_stream
 
