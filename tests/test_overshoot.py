@@ -90,7 +90,7 @@ def test_where_the_rise_falls_faster_it_goes_forward_again() -> None:
     assert found.worst == pytest.approx(0.9, rel=1e-4)
 
 
-def test_what_is_over_on_the_way_forward_is_taken_back() -> None:
+def test_what_is_over_on_the_way_forward_is_gone_back_from() -> None:
     way = Way(end=0.1, power=4.0)
     read, asked = way.read, []
 
@@ -100,8 +100,21 @@ def test_what_is_over_on_the_way_forward_is_taken_back() -> None:
 
     found = settle(way.start, jumping, [reading(0.0)], {"canary": "1%"}, 0.05)
     assert asked[2] > asked[1]
-    assert way.gone == pytest.approx(found.scale) == pytest.approx(asked[1])
-    assert found.worst < 0.1
+    assert asked[1] < asked[3] < asked[2]
+    assert way.gone == pytest.approx(found.scale)
+    assert 0.8 <= found.worst <= 1
+
+
+def test_where_no_try_is_within_the_weights_are_the_base_s() -> None:
+    way = Way(end=0.1)
+    found = settle(
+        way.start,
+        lambda: [reading(0.5 if way.gone else 0.0)],
+        [reading(0.0)],
+        {"canary": "1%"},
+        0.05,
+    )
+    assert (way.gone, found.scale, found.worst) == (0.0, 0.0, 0.0)
 
 
 def test_weights_that_are_no_numbers_are_taken_back_to_the_base() -> None:

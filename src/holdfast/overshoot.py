@@ -1,14 +1,14 @@
 """Back along the straight way to the base, by as little as a budget asks for.
 
-The final weights often overshoot (PEFT-Arena, arXiv 2605.28819). To second order a rise grows with
-the square of the way, so with u the worst upper bound in budgets the weights are drawn to
+The final weights often overshoot (PEFT-Arena, arXiv 2605.28819). With u the worst upper bound in
+budgets, the largest s is looked for at which
 
-    W0 + s (W - W0),   s = sqrt(AIM / u),
+    W0 + s (W - W0)
 
-read again, and drawn further until u is at most 1. Where that went further back than was needed,
-the power by which u fell is read off and the way is gone forward once, to where it says AIM is; if
-that is over, back again. Two or three readings, where `holdfast rewind` maps the whole way. All are
-of the selection split, the bounds one-sided at the gate's level.
+has u <= 1. Along the way a rise is nearly a power of s, to second order the square: the first try
+is s = sqrt(AIM / u), the next ones follow from Brent's method on log u over log s, until u is
+between NEAR and 1. Two or three readings, where `holdfast rewind` maps the whole way. All are of the
+selection split, the bounds one-sided at the gate's level.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from scipy.optimize import brentq
 from scipy.stats import norm
 
 from holdfast.levers.forgetting import Rise, rises
@@ -25,10 +26,11 @@ from holdfast.meters.drift import Start
 
 AIM = 0.9
 """Part of the budget that is aimed at, so that one try usually does."""
-NEAR = 0.75
-"""At this part of the budget or more nothing is gained by going forward."""
-TRIES = 8
-"""After so many the weights are left where they are, and the gate says what is over."""
+NEAR = 0.8
+"""At this part of the budget or more nothing is gained by going on."""
+TRIES = 6
+LEAST = 1e-3
+"""Nearer to the base than this part of the way is the base."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def settle(
 ) -> Settled:
     """Draw the weights back until every budget holds on the selection split.
 
+    Where no try is within, the weights are the base's.
+
     Args:
         start: where the weights began; it moves them.
         read: reads the model as it is now.
@@ -66,39 +70,35 @@ def settle(
         budget: as in `levers.forgetting`.
         alpha: level of each one-sided bound.
     """
-    scale, seen = 1.0, list[tuple[float, float, str]]()
-    for _ in range(TRIES):
-        seen.append((scale, *_worst(rises(before, read(), budget), alpha)))
-        worst = seen[-1][1]
-        if worst <= 1:
-            break
-        shrink = math.sqrt(AIM / worst) if math.isfinite(worst) else 0.0
-        start.scale(shrink)
-        scale *= shrink
-    kept = Settled(*seen[-1])
-    forward = _forward(seen)
-    if forward == 1:
-        return kept
-    start.scale(forward)
-    further = Settled(scale * forward, *_worst(rises(before, read(), budget), alpha))
-    if further.worst <= 1:
-        return further
-    start.scale(1 / forward)
-    return kept
+    scale, seen = 1.0, list[Settled]()
 
+    def at(new: float) -> Settled:
+        nonlocal scale
+        start.scale(new / scale)
+        scale = new
+        seen.append(Settled(new, *_worst(rises(before, read(), budget), alpha)))
+        return seen[-1]
 
-def _forward(seen: Sequence[tuple[float, float, str]]) -> float:
-    """By which factor to go forward from the last point; 1: stay.
+    last = at(1.0)
+    if last.worst <= 1:
+        return last
+    whole, nearest = math.log(last.worst / AIM), math.log(LEAST)
 
-    On u ~ s^p through the last two points, p from 1 to 8.
-    """
-    if len(seen) < 2:
-        return 1.0
-    (near, over, _), (far, within, _) = seen[-2:]
-    if not 0 < within < NEAR or not math.isfinite(over):
-        return 1.0
-    power = min(max(math.log(over / within) / math.log(near / far), 1.0), 8.0)
-    return float(min((AIM / within) ** (1 / power), near / far))
+    def over(log_scale: float) -> float:
+        if log_scale in (0.0, nearest):  # the square law stands for a reading next to the base
+            return whole + 2 * log_scale
+        found = at(math.exp(log_scale))
+        settled = NEAR <= found.worst <= 1
+        return 0.0 if settled else math.log(min(max(found.worst, LEAST), 1 / LEAST) / AIM)
+
+    if over(nearest) < 0:
+        brentq(over, nearest, 0.0, xtol=LEAST, maxiter=TRIES, disp=False)
+    within = [one for one in seen if one.worst <= 1]
+    best = max(within, key=lambda one: one.scale, default=None)
+    if best is None:
+        return at(0.0)
+    start.scale(best.scale / scale)
+    return best
 
 
 def _worst(found: Sequence[Rise], alpha: float) -> tuple[float, str]:
