@@ -293,7 +293,6 @@ class Recipe(Section):
         came = [f"the mixer '{replay.mixer}'"] * (replay.mixer != self.levers.replay.mixer)
         came += ["lessons that it was taught"] * (replay.earlier != self.levers.replay.earlier)
         try:
-            levers = type(self.levers).model_validate(levers.model_dump())
             return type(self).model_validate({**dict(self), "levers": levers})
         except ValidationError as error:
             raise RequestError(

@@ -25,6 +25,8 @@ from holdfast.errors import RequestError
 from holdfast.levers import Setup, StepState, TokenLosses
 from holdfast.levers.replay import EARLIER, Replay
 from holdfast.lineage import Stage
+from holdfast.plan import settled
+from holdfast.recipe import load_recipe
 
 NO_KL = torch.empty(0)
 
@@ -288,6 +290,14 @@ def test_a_second_stage_says_what_it_holds(
     refused = holdfast("validate", *words, "levers.kl_anchor.self_generated.fraction=0.95")
     assert refused.code == 2
     assert "came with lessons that it was taught, but" in refused.err
+
+
+def test_what_comes_with_a_stage_leaves_automatic_what_is(here: Path, finished_run: Path) -> None:
+    """A tiny model is trained whole, also where it was taught before."""
+    (here / "next.jsonl").write_text((here / "lesson.jsonl").read_text())
+    recipe = load_recipe(None, [], model=str(finished_run), data="next.jsonl")
+    assert recipe.levers.replay.earlier.sources
+    assert settled(recipe).levers.adapter.method == "none"
 
 
 @pytest.mark.parametrize("kind", ["sources", "keep", "counterexamples", "mixer"])
