@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.dual import (
+    BACK_LEAST,
     DRIFT,
     GAIN,
+    LATE,
     RATE_LEAST,
     SHARE_LEAST,
     SLACK,
@@ -22,6 +24,7 @@ from holdfast.dual import (
     Z,
     allowed,
     bounds,
+    drawn_back,
     heard,
     moved,
     strengths,
@@ -145,3 +148,24 @@ def test_on_two_quadratic_losses_it_finds_an_anchor_that_keeps_the_budget(
     assert max(settled) <= 1.0 + noise
     # not given away either, unless the anchor is as loose as it gets
     assert min(settled) >= SLACK - Z * 2 * max(noise, DRIFT * noise) - 0.05 or x == LOW
+
+
+@given(BUDGETS, st.floats(0, 1))
+def test_drawing_back_leaves_what_may_stand_and_never_takes_more_than_half(
+    worst: float, to_fall: float
+) -> None:
+    """By the square law; and nothing while the rate is high."""
+    kept = drawn_back(worst, to_fall)
+    assert BACK_LEAST <= kept <= 1
+    if to_fall > LATE or worst <= 1 + to_fall:
+        assert kept == 1
+    elif kept > BACK_LEAST:
+        assert worst * kept**2 == pytest.approx(1 + to_fall)
+
+
+@given(st.floats(-5, 50), st.floats(0, 9), st.floats(0.01, 1))
+def test_a_belief_scales_as_the_rise_does(mean: float, variance: float, way: float) -> None:
+    """Mean and standard error by the square of the way."""
+    one, scaled = Level(mean, variance), Level(mean, variance).scaled(way)
+    assert scaled.upper == pytest.approx(one.upper * way**2)
+    assert scaled.lower == pytest.approx(one.lower * way**2)

@@ -18,6 +18,10 @@ whose steps ask for no scale. One multiplier serves all constraints, since one a
 their maximum. What x stands for, in this order (`strengths`): the weight of what holds the base,
 from 1/4 to 8 times the recipe's; then the lesson's share of the tokens, down to half; then the
 step size, down to half. Where nothing holds the base (`held`), it is the step size alone.
+And what the rate that is left cannot be trusted to repair is drawn back at once (`drawn_back`):
+from half of the peak rate down, where u > b = 1 + rate / peak, all weights are drawn towards their
+start by s = sqrt(b / u), since to second order a rise grows with the square of the way. The steps
+that are left learn the lesson again, where drawing back at the end would leave it cut.
 Not more weight than that: Adam's steps are as long whatever the loss weighs, so what is nearly all
 anchor walks on the noise of a few anchor rows. Nor a smaller step: what was forgotten early is
 repaired by later steps, and small ones keep it.
@@ -49,6 +53,10 @@ GAIN = 0.35
 follows the weight only some steps later."""
 DRIFT = 0.5
 """How far a rise wanders from one check to the next: in budgets, or in parts of itself."""
+LATE = 0.55
+"""Part of its peak from which down the rate is too low to undo what a large one did."""
+BACK_LEAST = 0.5
+"""No check draws the weights back by more."""
 WEIGHT_LEAST, WEIGHT_MOST, SHARE_LEAST, RATE_LEAST = 0.25, 8.0, 0.5, 0.5
 _WEIGHT, _SHARE, _RATE = math.log(WEIGHT_MOST), -math.log(SHARE_LEAST), -math.log(RATE_LEAST)
 
@@ -76,6 +84,10 @@ class Level:
 
     mean: float
     variance: float
+
+    def scaled(self, way: float) -> Level:
+        """What is believed once the weights are drawn back to a part of their way."""
+        return Level(self.mean * way**2, self.variance * way**4)
 
     @property
     def upper(self) -> float:
@@ -113,6 +125,18 @@ def moved(x: float, worst: float, allowed: float = 1.0, held: bool = True) -> fl
     under = min(max(1 - worst / SLACK, 0.0), 1.0)
     low, high = bounds(held)
     return min(max(x + GAIN * (over - under), low), high)
+
+
+def drawn_back(worst: float, to_fall: float) -> float:
+    """The part of the way from their start that the weights keep after a check; 1: all of it.
+
+    Args:
+        worst: upper estimate of the worst rise, in budgets.
+        to_fall: what the learning rate has still to fall, as part of its peak.
+    """
+    if to_fall > LATE or worst <= 1 + to_fall:
+        return 1.0
+    return max(math.sqrt((1 + to_fall) / worst), BACK_LEAST)
 
 
 def strengths(x: float, held: bool = True) -> Strengths:

@@ -123,6 +123,11 @@ class HoldfastTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
+    def look(self, step: int) -> list[Reading]:
+        """What every meter reads now."""
+        self._looked_at = [reading for meter in self.meters for reading in meter(step)]
+        return self._looked_at
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], None]:
@@ -329,9 +334,7 @@ class _LeverCallback(TrainerCallback):
                 for (meter, name), value in scalars.items()
             ]
         due = bool(trainer.every) and step % trainer.every == 0 and not last
-        if due or control.should_evaluate:
-            trainer._looked_at = [reading for meter in trainer.meters for reading in meter(step)]
-            readings += trainer._looked_at
+        seen = trainer.look(step) if due or control.should_evaluate else []
         if due:
             readings += trainer._gradient
             probe = ProbeContext(
@@ -341,8 +344,12 @@ class _LeverCallback(TrainerCallback):
                 held=any(name != "task" for name in terms),
             )
             for lever in trainer.levers:
-                lever.after_probe(trainer._looked_at, probe, trainer.lever_memory[lever.key])
+                lever.after_probe(seen, probe, trainer.lever_memory[lever.key])
             trainer.share_tokens()
+            if probe.drawn_back != 1:
+                trainer.start.scale(probe.drawn_back)
+                if control.should_evaluate:  # a checkpoint is chosen by what it is
+                    seen = trainer.look(step)
             readings += [
                 Reading(m, n, "train", step, value, None, 1) for m, n, value in probe.noted
             ]
@@ -351,6 +358,7 @@ class _LeverCallback(TrainerCallback):
                 control.should_training_stop = True
                 # so that where it stopped is one of the checkpoints that are chosen from
                 control.should_save = control.should_evaluate = trainer.choice is not None
+        readings += seen
         if readings and state.is_world_process_zero:
             trainer.record(readings)
 

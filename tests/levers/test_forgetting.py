@@ -120,6 +120,7 @@ def test_it_tightens_what_is_over_and_loosens_what_is_well_within() -> None:
         "weight",
         "share",
         "rate",
+        "drawn_back",
     }
     under: Memory = {}
     check(lever, under, risen(0.001))
@@ -145,6 +146,45 @@ def test_while_the_rate_has_to_fall_more_is_allowed_and_nothing_is_loosened_for_
     assert lever.strengths(memory) == Strengths()
     check(lever, memory, risen(0.03), to_fall=0.1)
     assert lever.strengths(memory).weight > 1
+
+
+def test_late_in_the_run_what_is_over_is_drawn_back_and_believed_to_be() -> None:
+    """sqrt(1.5 / 6) of the way; the rise is a quarter then, by the square."""
+    lever, memory = Forgetting(budget="1%"), Memory()
+    assert check(lever, memory, risen(0.06), to_fall=0.9).drawn_back == 1
+    memory = {}
+    ctx = check(lever, memory, risen(0.06), to_fall=0.5)
+    assert ctx.drawn_back == pytest.approx(0.5, rel=1e-6)
+    assert memory["levels"]["canary/old"][0] == pytest.approx(1.5)
+    assert (
+        memory["moves"][-1] == "step 5: canary/old at 6.00 budgets, drawn back to 50.0% of the way"
+    )
+    assert check(lever, {}, risen(0.014), to_fall=0.5).drawn_back == 1
+
+
+def test_the_trainer_draws_back_what_a_lever_says(tmp_path: Path) -> None:
+    """Against the same run without it: half of the displacement at that step."""
+
+    class Back(Forgetting):
+        def after_probe(self, readings: Any, ctx: ProbeContext, memory: Memory) -> None:
+            ctx.drawn_back *= 0.5
+            ctx.stop = "to be looked at"
+
+    class Stop(Forgetting):
+        def after_probe(self, readings: Any, ctx: ProbeContext, memory: Memory) -> None:
+            ctx.stop = "to be looked at"
+
+    runs = [
+        tiny_run([lever], tmp_path / name, steps=8, every=2, meters=[lambda step: []])
+        for name, lever in (("a", Back()), ("b", Stop()))
+    ]
+    before = weights(runs[0].model)
+    for run in runs:
+        run.train()
+    half, whole = (weights(run.model) for run in runs)
+    assert any(not before[name].equal(whole[name]) for name in before)
+    for name, start in before.items():
+        assert half[name].allclose(start + 0.5 * (whole[name] - start), atol=1e-7)
 
 
 def test_a_loss_that_is_no_number_is_over_every_budget() -> None:

@@ -151,6 +151,8 @@ class ProbeContext:
     """What the schedule's learning rate has still to fall, as part of its peak."""
     held: bool = False
     """Whether this step's loss had a term beside the lesson's."""
+    drawn_back: float = 1.0
+    """Multiplied by the part of the way from their start that a lever leaves the weights on."""
     noted: list[tuple[str, str, float]] = field(default_factory=list)
     """Values that a lever wants kept as readings of training: meter, name, value."""
 

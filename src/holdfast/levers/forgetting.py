@@ -3,7 +3,7 @@
 Source: exponential method of multipliers (Bertsekas 1982, section 5.1.2); equation in `dual.py`.
 Acts on: the weight of every term but the lesson's, then the lesson's share of the tokens, last the
 step size, each within bounds; loosened again where rises leave room, the weight also below the
-recipe's.
+recipe's. Late in the run, on the weights: what is over is drawn back towards their start.
 Estimator: paired rises of the same texts and items on the selection split, with their standard
 error; nothing of the sealed split is looked at.
 Cost: readings while training, `CHECKS` of them, each of at most `DOCUMENTS` texts a domain.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
@@ -25,6 +25,7 @@ from holdfast.dual import (
     Strengths,
     allowed,
     bounds,
+    drawn_back,
     heard,
     moved,
     strengths,
@@ -93,14 +94,16 @@ class Forgetting(Lever):
         for rise in found:
             if math.isfinite(rise.value):
                 levels[rise.name] = heard(levels.get(rise.name), rise.value, rise.stderr)
-        memory["levels"] = {name: [one.mean, one.variance] for name, one in levels.items()}
         broken = [rise.name for rise in found if not math.isfinite(rise.value)]
         worst = BROKEN if broken else worst_upper(levels.values())
         culprit = broken[0] if broken else max(levels, key=lambda name: levels[name].upper)
         most = allowed(ctx.to_fall)
         x, held = memory.get("x", 0.0), memory.get("held", False) or ctx.held
         memory["x"], memory["held"] = moved(x, worst, most, held), held
-        self._tell(ctx, memory, x, worst, most, culprit)
+        kept = drawn_back(worst, ctx.to_fall)
+        ctx.drawn_back *= kept
+        memory["levels"] = {name: list(astuple(one.scaled(kept))) for name, one in levels.items()}
+        self._tell(ctx, memory, x, worst, most, culprit, kept)
         lesson = [r.value for r in readings if (r.meter, r.split) == ("lesson", "selection")]
         memory.setdefault("frontier", []).append(
             [ctx.step, sum(lesson) / len(lesson) if lesson else None, worst, culprit]
@@ -125,6 +128,7 @@ class Forgetting(Lever):
         worst: float,
         most: float,
         culprit: str,
+        kept: float,
     ) -> None:
         """Keep what was seen and what it moved, as readings and, where something moved, a note."""
         now = self.strengths(memory)
@@ -137,6 +141,12 @@ class Forgetting(Lever):
                 f"step {ctx.step}: {culprit} at {worst:.2f} budgets, {most:.1f} are allowed now, "
                 f"so {word}: weight x{now.weight:.3g}, lesson's share x{now.share:.3g}, "
                 f"step x{now.rate:.3g}"
+            )
+        if kept != 1:
+            ctx.note("strength", "drawn_back", kept)
+            memory.setdefault("moves", []).append(
+                f"step {ctx.step}: {culprit} at {worst:.2f} budgets, drawn back to {kept:.1%} of "
+                "the way"
             )
 
 
