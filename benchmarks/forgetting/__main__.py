@@ -5,6 +5,7 @@
     python benchmarks/forgetting cost                        # seconds and memory, one at a time
     python benchmarks/forgetting table                       # docs/benchmark.md and its pictures
     python benchmarks/forgetting scan                        # weight and share of the anchor
+    python benchmarks/forgetting stages                      # share of a second stage for the first
 
 Same base, rows and steps; the lesson's tokens in a step are the same for every arm. Every arm gets
 five learning rates on the validation seed; the one that forgets least of those that learn 90 % of
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from arms import ARMS, RATES, SCAN, SCAN_RATES, VALIDATION
+from arms import ARMS, RATES, SCAN, SCAN_RATES, STAGES, VALIDATION
 from cell import cost_of, learn
 from score import FULL, chosen, point
 
@@ -112,6 +113,39 @@ def scan(
                     f"worst rise {found['worst rise']:8.1%}  mean {found['mean rise']:8.1%}  "
                     f"worst fall {found['worst fall']:6.1%}  {cell['device']}"
                 )
+
+
+@app.command()
+def stages(
+    jobs: Annotated[int, typer.Option(help="Cells at once, a CPU thread each.")] = 1,
+    rate: float = 4.0,
+    steps: int = STEPS,
+    cells: Path = CELLS,
+) -> None:
+    """How much of a second stage's tokens holds what the first one taught; a line a share.
+
+    On the tuning seed, in the cells of `run`, where the default's own stand.
+    """
+    lesson = LESSONS[-1]
+    arms = (*STAGES, "holdfast default")
+    wanted = [
+        {"lesson": lesson, "arm": arm, "seed": VALIDATION, "rate": rate, "steps": steps}
+        for arm in arms
+    ]
+
+    def left(done: list[Cell]) -> Iterator[Cell]:
+        there = {(c["lesson"], c["arm"], c["seed"], c["rate"]) for c in done}
+        yield from (c for c in wanted if (lesson, c["arm"], VALIDATION, rate) not in there)
+
+    for cell in fill(cells, left, learn, lambda line: str(line["target"]), jobs=jobs):
+        if {key: cell.get(key) for key in wanted[0]} in wanted and "failed" not in cell:
+            found = point(cell)
+            share = (ARMS | STAGES)[cell["arm"]].earlier
+            print(
+                f"{share:4.0%} of the tokens: first stage {cell['after_first_stage']:.1%}, after "
+                f"the second {cell['target']['verbs']:.1%} ({found['kept']:.0%} kept); second "
+                f"{cell['target']['extraction']:.1%}; worst rise {found['worst rise']:.1%}"
+            )
 
 
 def missing(lesson: str, arm: str, done: list[Cell]) -> Iterator[Cell]:

@@ -45,6 +45,8 @@ class Arm:
     staged: bool = False
     """Whether a second stage starts from the first one's run folder, which says what it taught, and
     not from its weights alone."""
+    earlier: float = EARLIER
+    """Share of a second stage's tokens that is for what the first one taught, where it is told."""
     note: str = ""
 
     @property
@@ -54,7 +56,7 @@ class Arm:
 
     def batch_tokens(self, stage: int = 0) -> int:
         """Tokens of a step, so that `LESSON` of them are the lesson's."""
-        return round(LESSON / (1 - self.extra - (EARLIER if self.staged and stage else 0.0)))
+        return round(LESSON / (1 - self.extra - (self.earlier if self.staged and stage else 0.0)))
 
 
 def adapter(method: str, *more: str) -> Arm:
@@ -168,3 +170,11 @@ SCAN: dict[str, Arm] = {
 }  # fmt: skip
 """What `scan` asks of the anchor: how heavy, and on how many tokens."""
 SCAN_RATES = (1.0, 2.0, 4.0, 8.0)
+
+STAGES: dict[str, Arm] = {
+    f"{share:.0%} for earlier lessons": Arm(
+        [f"levers.replay.earlier.fraction={share}"], extra=0.5, staged=True, earlier=share
+    )
+    for share in (0.0, 0.05, 0.3)
+}
+"""What `stages` asks, beside the default: how much of a second stage the first one needs."""

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from arms import ARMS, SCAN, VALIDATION, Arm
+from arms import ARMS, SCAN, STAGES, VALIDATION, Arm
 
 from holdfast.checkpoint import load_checkpoint
 from holdfast.compare import Texts, compare, evaluate
@@ -56,7 +56,7 @@ def learn(cell: Cell) -> list[Cell]:
     Args:
         cell: arm, lesson (two joined by `+` are taught one after the other), seed, rate, steps.
     """
-    arm, seed = (ARMS | SCAN)[cell["arm"]], cell["seed"]
+    arm, seed = (ARMS | SCAN | STAGES)[cell["arm"]], cell["seed"]
     stages = cell["lesson"].split("+")
     with TemporaryDirectory() as scratch:
         files = [_files(Path(scratch) / lesson, lesson, seed) for lesson in stages]
