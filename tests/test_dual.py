@@ -15,6 +15,7 @@ from holdfast.dual import (
     GAIN,
     LATE,
     RATE_LEAST,
+    REPAIRED,
     SHARE_LEAST,
     SLACK,
     WEIGHT_LEAST,
@@ -157,10 +158,10 @@ def test_drawing_back_leaves_what_may_stand_and_never_takes_more_than_half(
     """By the square law; and nothing while the rate is high."""
     kept = drawn_back(worst, to_fall)
     assert BACK_LEAST <= kept <= 1
-    if to_fall > LATE or worst <= 1 + to_fall:
+    if to_fall > LATE or worst <= 1 + REPAIRED * to_fall:
         assert kept == 1
     elif kept > BACK_LEAST:
-        assert worst * kept**2 == pytest.approx(1 + to_fall)
+        assert worst * kept**2 == pytest.approx(1 + REPAIRED * to_fall)
 
 
 @given(st.floats(-5, 50), st.floats(0, 9), st.floats(0.01, 1))

@@ -19,8 +19,8 @@ their maximum. What x stands for, in this order (`strengths`): the weight of wha
 from 1/4 to 8 times the recipe's; then the lesson's share of the tokens, down to half; then the
 step size, down to half. Where nothing holds the base (`held`), it is the step size alone.
 And what the rate that is left cannot be trusted to repair is drawn back at once (`drawn_back`):
-from half of the peak rate down, where u > b = 1 + rate / peak, all weights are drawn towards their
-start by s = sqrt(b / u), since to second order a rise grows with the square of the way. The steps
+from 0.45 of the peak rate down, where u > b = 1 + 2 rate / peak, all weights are drawn towards
+their start by s = sqrt(b / u), since to second order a rise grows with the square of the way. The steps
 that are left learn the lesson again, where drawing back at the end would leave it cut.
 Not more weight than that: Adam's steps are as long whatever the loss weighs, so what is nearly all
 anchor walks on the noise of a few anchor rows. Nor a smaller step: what was forgotten early is
@@ -53,8 +53,9 @@ GAIN = 0.35
 follows the weight only some steps later."""
 DRIFT = 0.5
 """How far a rise wanders from one check to the next: in budgets, or in parts of itself."""
-LATE = 0.55
-"""Part of its peak from which down the rate is too low to undo what a large one did."""
+LATE, REPAIRED = 0.45, 2.0
+"""The part of its peak from which down a rate is not left to repair all by itself, and the budgets
+more, in the place of EARLY, that it is still left to repair (docs/log.md has the others tried)."""
 BACK_LEAST = 0.5
 """No check draws the weights back by more."""
 WEIGHT_LEAST, WEIGHT_MOST, SHARE_LEAST, RATE_LEAST = 0.25, 8.0, 0.5, 0.5
@@ -134,9 +135,10 @@ def drawn_back(worst: float, to_fall: float) -> float:
         worst: upper estimate of the worst rise, in budgets.
         to_fall: what the learning rate has still to fall, as part of its peak.
     """
-    if to_fall > LATE or worst <= 1 + to_fall:
+    most = 1 + REPAIRED * to_fall
+    if to_fall > LATE or worst <= most:
         return 1.0
-    return max(math.sqrt((1 + to_fall) / worst), BACK_LEAST)
+    return max(math.sqrt(most / worst), BACK_LEAST)
 
 
 def strengths(x: float, held: bool = True) -> Strengths:
