@@ -20,8 +20,7 @@ from 1/4 to 8 times the recipe's; then the lesson's share of the tokens, down to
 step size, down to half. Where nothing holds the base (`held`), it is the step size alone.
 And what the rate that is left cannot be trusted to repair is drawn back at once (`drawn_back`):
 from 0.45 of the peak rate down, where u > b = 1 + 2 rate / peak, all weights are drawn towards
-their start by s = sqrt(b / u), since to second order a rise grows with the square of the way. The steps
-that are left learn the lesson again, where drawing back at the end would leave it cut.
+their @@
 Not more weight than that: Adam's steps are as long whatever the loss weighs, so what is nearly all
 anchor walks on the noise of a few anchor rows. Nor a smaller step: what was forgotten early is
 repaired by later steps, and small ones keep it.

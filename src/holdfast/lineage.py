@@ -46,15 +46,22 @@ class Stage:
         resolved: dict[str, Any] = _recipe_of(self.run).get("resolved", {})
         return list(resolved.get("lineage", []))
 
-    def taught(self) -> list[dict[str, Any]]:
-        """Sources of what this stage and those before it learned, the last one's first; of a run.
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe of the run that came to these weights; empty where none is known.
 
-        As the run's recipe has them. Its `model/` or `adapter/` may be named in its place.
+        A run is known by its folder, or by that of its `model/` or `adapter/`.
         """
         weights = [*reversed(self.adapters), Path(self.model)]
         folders = [self.run, *(one.parent for one in weights if one.name in ARTIFACTS)]
         recipes = (_recipe_of(folder) for folder in folders if folder is not None)
-        recipe = next((one for one in recipes if "resolved" in one), {})
+        return next((one for one in recipes if "resolved" in one), {})
+
+    def taught(self) -> list[dict[str, Any]]:
+        """Sources of what this stage and those before it learned, the last one's first; of a run.
+
+        As the run's recipe has them.
+        """
+        recipe = self.recipe()
         before = recipe.get("levers", {}).get("replay", {}).get("earlier", {})
         return [*recipe.get("data", {}).get("sources", []), *before.get("sources", [])]
 

@@ -189,7 +189,8 @@ def _tell_of_replay(
         for source in recipe.canary.sources
         for row in iter_rows(source)
     }
-    warn(replay.warnings(stage, domains, [stream.name for stream in streams]), setup, console)
+    names = [stream.name for stream in streams]
+    warn(replay.warnings(stage, domains, names, recipe.probes), setup, console)
 
 
 def warn(lines: Iterable[str], setup: Setup, console: Console) -> None:

@@ -218,6 +218,7 @@ def a_run(folder: Path, lesson: str, *before: str) -> Stage:
     recipe = {
         "data": {"sources": [Source(path=lesson).model_dump()]},
         "levers": {"replay": Replay(earlier={"sources": [*before]}).model_dump(mode="json")},
+        "probes": ["asked.jsonl"],
         "resolved": {},
     }
     folder.mkdir()
@@ -239,7 +240,10 @@ def test_what_earlier_stages_learned_is_held_without_being_asked_for(
         "earlier/second": EARLIER / 2,
     }
     assert {s.role for s in streams} == {Role.ANCHOR}
-    assert replay.warnings(stage, ["latin"], [s.name for s in streams]) == []
+    names = [s.name for s in streams]
+    assert replay.warnings(stage, ["latin"], names, ["asked.jsonl"]) == []
+    (line,) = replay.warnings(stage, ["latin"], names)
+    assert "held but not judged: it was read with asked.jsonl; give that in probes" in line
 
 
 def test_a_lesson_that_goes_on_is_not_held_back(tmp_path: Path) -> None:

@@ -181,13 +181,20 @@ class Replay(Lever):
                 came["earlier"] = self.earlier.model_copy(update={"sources": rest})
         return self.model_copy(update=came) if came else self
 
-    def warnings(self, stage: Stage, canary: Iterable[str], streams: Iterable[str]) -> list[str]:
+    def warnings(
+        self,
+        stage: Stage,
+        canary: Iterable[str],
+        streams: Iterable[str],
+        probes: Sequence[str] = (),
+    ) -> list[str]:
         """What a user should know of before training.
 
         Args:
             stage: where training starts.
             canary: domains of the canary.
             streams: names of this lever's streams.
+            probes: files of the run's probes.
         """
         found = []
         _, gone = _lessons(stage)
@@ -195,6 +202,12 @@ class Replay(Lever):
             found.append(
                 f"the model was taught {', '.join(gone)}, which is not there any more: nothing "
                 "holds that lesson; give its rows in levers.replay.earlier.sources"
+            )
+        unread = [path for path in stage.recipe().get("probes", []) if path not in probes]
+        if unread and self.earlier.share:
+            found.append(
+                f"what was taught before is held but not judged: it was read with "
+                f"{', '.join(unread)}; give that in probes"
             )
         if self.off:
             return found
