@@ -15,7 +15,7 @@ runs of 150 steps want on the lab.
 
 The three lines of the contract:
   kept      no guardrail's estimated rise on the sealed split is over its budget, in >= 95 % of runs
-  target    at least 97 % of the best fixed setting's
+  target    at least 97 % of the best fixed setting's; again where that keeps the budget here, too
   cost      at most 1.3 times the CPU seconds of the plain run
 Intervals: Clopper-Pearson; bootstrap over (lesson, seed). Each cell is a line in --cells, written
 when it is done; one that is there is not run again.
@@ -159,12 +159,16 @@ def table(done: Sequence[Cell], wanted: int) -> None:
         print(f"kept: {k} of {n} runs ({k / n:.0%} [{low:.0%}, {high:.0%}]), aim 95 %: "
               f"{said(k / n >= 0.95)}; {passed} of {n} are shown to be (PASS)")  # fmt: skip
     ratios: dict[tuple[str, int], list[float]] = {}
+    fair: dict[tuple[str, int], list[float]] = {}
     for cell in ours:
         best = found.get((cell["lesson"], cell["seed"], best_fixed(cell["lesson"], cell["arm"])))
         if best and best["target"]:
-            key = (cell["lesson"], cell["seed"])
-            ratios.setdefault(key, []).append(cell["target"] / best["target"])
+            key, ratio = (cell["lesson"], cell["seed"]), cell["target"] / best["target"]
+            ratios.setdefault(key, []).append(ratio)
+            if best["worst_rise"] <= amount(cell["arm"]):
+                fair.setdefault(key, []).append(ratio)
     line("target", "of the best fixed setting's", ratios, 0.97, at_least=True)
+    line("target", "of its where it kept the budget itself", fair, 0.97, at_least=True)
     costs: dict[tuple[str, int], list[float]] = {}
     for cell in ours:
         if plain := found.get((cell["lesson"], cell["seed"], "plain")):
