@@ -5,9 +5,9 @@ budgets, the largest s is looked for at which
 
     W0 + s (W - W0)
 
-has u <= 1. Along the way a rise is nearly a power of s, to second order the square: the first try
+has u <= MOST. Along the way a rise is nearly a power of s, to second order the square: the first try
 is s = sqrt(AIM / u), the next ones follow from Brent's method on log u over log s, until u is
-between NEAR and 1. Two or three readings, where `holdfast rewind` maps the whole way. All are of
+between NEAR and MOST. Two or three readings, where `holdfast rewind` maps the whole way. All are of
 the selection split, the bounds one-sided at the gate's level.
 """
 
@@ -24,9 +24,12 @@ from holdfast.levers.forgetting import Rise, rises
 from holdfast.meters import Reading
 from holdfast.meters.drift import Start
 
-AIM = 0.9
+MOST = 0.9
+"""Part of each budget that may be used: the gate judges by other texts, which have noise of their
+own. At 1, two of 21 runs on the lab ended over on the sealed split (docs/log.md)."""
+AIM = 0.8
 """Part of the budget that is aimed at, so that one try usually does."""
-NEAR = 0.8
+NEAR = 0.7
 """At this part of the budget or more nothing is gained by going on."""
 TRIES = 6
 LEAST = 1e-3
@@ -59,7 +62,7 @@ def settle(
     budget: Mapping[str, str],
     alpha: float,
 ) -> Settled:
-    """Draw the weights back until every budget holds on the selection split.
+    """Draw the weights back until every budget holds on the selection split, with some room.
 
     Where no try is within, the weights are the base's.
 
@@ -80,7 +83,7 @@ def settle(
         return seen[-1]
 
     last = at(1.0)
-    if last.worst <= 1:
+    if last.worst <= MOST:
         return last
     whole, nearest = math.log(last.worst / AIM), math.log(LEAST)
 
@@ -88,12 +91,12 @@ def settle(
         if log_scale in (0.0, nearest):  # the square law stands for a reading next to the base
             return whole + 2 * log_scale
         found = at(math.exp(log_scale))
-        settled = NEAR <= found.worst <= 1
+        settled = NEAR <= found.worst <= MOST
         return 0.0 if settled else math.log(min(max(found.worst, LEAST), 1 / LEAST) / AIM)
 
     if over(nearest) < 0:
         brentq(over, nearest, 0.0, xtol=LEAST, maxiter=TRIES, disp=False)
-    within = [one for one in seen if one.worst <= 1]
+    within = [one for one in seen if one.worst <= MOST]
     best = max(within, key=lambda one: one.scale, default=None)
     if best is None:
         return at(0.0)
