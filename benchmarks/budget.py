@@ -50,7 +50,12 @@ from score import point
 from cells import Cell, fill, read
 
 LESSONS = ["verbs", "facts", "extraction"]
-SEEDS = {"budget 3%": [0, 1, 2, 3, 4, 5, 6], "budget 5%": [0, 1], "plain": [0, 1], "fixed": [0, 1, 2]}
+SEEDS = {
+    "budget 3%": [0, 1, 2, 3, 4, 5, 6],
+    "budget 5%": [0, 1],
+    "plain": [0, 1],
+    "fixed": [0, 1, 2],
+}
 STEPS = 150
 RATE = 4.0
 """Times the automatic learning rate."""

@@ -125,28 +125,31 @@ def tuning(cells: Sequence[Cell], arm: str) -> list[Cell]:
     return sorted(mine, key=lambda c: float(c["rate"]))
 
 
-def enough(cells: Sequence[Cell]) -> float:
-    """What counts as learned: `EQUAL` of the best that full fine-tuning came to at any rate."""
-    return EQUAL * max(gain(target_items(cell)) for cell in tuning(cells, FULL))
+def enough(cells: Sequence[Cell], share: float = EQUAL) -> float:
+    """What counts as learned: a share of the best that full fine-tuning came to at any rate."""
+    return share * max(gain(target_items(cell)) for cell in tuning(cells, FULL))
+
+
+def least_forgotten(cells: Sequence[Cell], arm: str, share: float = EQUAL) -> Cell | None:
+    """Of an arm's tuning cells that learned enough, the one that forgot least; None: none did."""
+    floor = enough(cells, share)
+    learned = [cell for cell in tuning(cells, arm) if gain(target_items(cell)) >= floor]
+    return min(learned, key=lambda cell: forgotten(point(cell)), default=None)
 
 
 def chosen(cells: Sequence[Cell], arm: str) -> Cell | None:
-    """Of the tuning cells, the one that forgets least of those that learn enough.
+    """The tuning cell whose rate the test seeds are run at.
 
-    Equal learning, then: without a floor an arm is best off where it learns nothing. Where none
-    learns enough it is the one that learns most.
+    At equal learning, the one that forgets least: without a floor an arm is best off where it
+    learns nothing. Where none learns enough it is the one that learns most.
     """
-    tried, floor = tuning(cells, arm), enough(cells)
-    learned = [cell for cell in tried if point(cell)["gain"] >= floor]
-    if learned:
-        return min(learned, key=lambda cell: forgotten(point(cell)))
-    return max(tried, key=lambda cell: point(cell)["gain"], default=None)
+    most = max(tuning(cells, arm), key=lambda cell: gain(target_items(cell)), default=None)
+    return least_forgotten(cells, arm) or most
 
 
 def learned_enough(cells: Sequence[Cell], arm: str) -> bool:
     """Whether an arm's forgetting is to be compared."""
-    best = chosen(cells, arm)
-    return best is not None and point(best)["gain"] >= enough(cells)
+    return least_forgotten(cells, arm) is not None
 
 
 def tested(cells: Sequence[Cell], arm: str) -> list[Cell]:

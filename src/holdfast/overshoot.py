@@ -5,8 +5,8 @@ budgets, the largest s is looked for at which
 
     W0 + s (W - W0)
 
-has u <= MOST. Along the way a rise is nearly a power of s, to second order the square: the first try
-is s = sqrt(AIM / u), the next ones follow from Brent's method on log u over log s, until u is
+has u <= MOST. Along the way a rise is nearly a power of s, to second order the square: the first
+try is s = sqrt(AIM / u), the next ones follow from Brent's method on log u over log s, until u is
 between NEAR and MOST. Two or three readings, where `holdfast rewind` maps the whole way. All are of
 the selection split, the bounds one-sided at the gate's level.
 """

@@ -107,6 +107,7 @@ def test_of_the_rates_that_learn_enough_the_one_that_forgets_least_is_chosen():
     full = [rate(1.0, 10, 1.5), rate(2.0, 19, 1.9), rate(3.0, 20, 2.5), broken]
     assert score.enough(full) == pytest.approx(0.9)
     assert score.chosen(full, "full")["rate"] == 2.0
+    assert score.least_forgotten(full, "full", 0.99)["rate"] == 3.0
     weak = [rate(1.0, 2, 1.0, arm="weak"), rate(2.0, 9, 1.2, arm="weak")]
     assert score.chosen([*full, *weak], "weak")["rate"] == 2.0  # none is enough: the most learned
     assert not score.learned_enough([*full, *weak], "weak")
