@@ -2,6 +2,7 @@
 
 recipe.yaml      as resolved, with hashes of model, tokenizer, template and data
 mixer.yaml       where one is replayed: the frozen mix; a copy lies beside the artifact
+earlier_probes.jsonl  where a stage goes on: what those before it were judged by
 data/            tokenized rows and generated text
 readings.jsonl   one line a reading: step, meter, name, split, value, stderr, n
 alarms.jsonl     one line a check while training: what is held against each guardrail, alarms
@@ -45,6 +46,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.readings = path / "readings.jsonl"
         self.alarms = path / "alarms.jsonl"
+        self.earlier_probes = path / "earlier_probes.jsonl"
         self.before = path / "data" / "before.json"
         self.checkpoints = path / "checkpoints"
         self.data = path / "data"
@@ -128,7 +130,7 @@ class RunFolder:
                 raise
             for part in (self.data, self.checkpoints, self.path / "base"):
                 shutil.rmtree(part, ignore_errors=True)
-            for file in (self.recipe, self.readings, self.alarms):
+            for file in (self.recipe, self.readings, self.alarms, self.earlier_probes):
                 file.unlink(missing_ok=True)
             with suppress(OSError):  # something else lies in it
                 self.path.rmdir()

@@ -190,7 +190,7 @@ def _tell_of_replay(
         for row in iter_rows(source)
     }
     names = [stream.name for stream in streams]
-    warn(replay.warnings(stage, domains, names, recipe.probes), setup, console)
+    warn(replay.warnings(stage, domains, names), setup, console)
 
 
 def warn(lines: Iterable[str], setup: Setup, console: Console) -> None:

@@ -31,6 +31,7 @@ from holdfast.gate.verdict import Gate
 from holdfast.levers import Lever, levers
 from holdfast.lineage import locate
 from holdfast.meters.canary import Canary
+from holdfast.meters.probes import Item, earlier_items, load_items
 from holdfast.model import Model
 from holdfast.section import Section
 
@@ -182,6 +183,9 @@ class Recipe(Section):
     """Held-out text that must stay as likely as before."""
     probes: list[str] = Field(default_factory=list)
     """JSONL files of probe items, measured before and after."""
+    earlier_probes: bool = True
+    """Whether what the stages before were judged by is judged here, too, where this one starts from
+    the folder of a run: what was taught there must stay."""
     gate: Gate = Gate()
     """How much may be forgotten."""
     alarms: Alarms = Alarms()
@@ -273,6 +277,18 @@ class Recipe(Section):
                 "levers.adapter.method to lora"
             )
         return self
+
+    def items(self) -> tuple[list[Item], list[Item], list[str]]:
+        """Its own probe items, those of the stages before it, and what of these is not asked.
+
+        Raises:
+            RequestError: a file of them cannot be read, or the model is not there.
+        """
+        own = load_items(self.probes)
+        if not self.earlier_probes:
+            return own, [], []
+        stage = locate(self.model.path, self.model.revision)
+        return own, *earlier_items(stage, own, run_code=self.train.run_generated_code)
 
     def with_stage(self) -> Self:
         """The same with what came with the model, where replay is left open: mixer and lessons.

@@ -26,7 +26,13 @@ from holdfast.lineage import locate
 from holdfast.measure import Measure, lesson_documents
 from holdfast.meters import Reading
 from holdfast.meters.motion import Walk
-from holdfast.meters.probes import allow_code, load_items, require_both_halves
+from holdfast.meters.probes import (
+    Item,
+    allow_code,
+    load_items,
+    require_both_halves,
+    write_items,
+)
 from holdfast.meters.ranks import read_ranks
 from holdfast.meters.recovery import recovery_examples
 from holdfast.overshoot import settle
@@ -80,13 +86,15 @@ def train(
     console = console or Console(quiet=True)
     recipe = settled(recipe.with_stage())
     started = time.perf_counter()
-    items = load_items(recipe.probes)
-    allow_code(items, recipe.train.run_generated_code)
+    own, earlier, unasked = recipe.items()
+    allow_code(own, recipe.train.run_generated_code)
     if recipe.train.measure_probes:
-        require_both_halves(items)
+        require_both_halves([*own, *earlier])
     _refuse_early(recipe)
     folder = RunFolder.open(Path(recipe.out)) if resume else RunFolder.create(Path(recipe.out))
     with nullcontext() if resume else folder.given_up_if_refused():
+        recipe = _with_earlier(recipe, earlier, folder, console)
+        items = load_items(recipe.probes)
         tokenizer, base = load(recipe, console)
         resolved = _resolved(recipe, tokenizer, base)
         if resume:
@@ -95,6 +103,7 @@ def train(
             folder.write_recipe(resolved)  # from here on it can be resumed
         _keep_merged(recipe, folder, tokenizer, base)
         prepared = prepare(recipe, tokenizer, base, folder.data, console)
+        warn(unasked, prepared.setup, console)
         canary = canary_documents(prepared, console)
         resolved["resolved"]["steps"] = prepared.steps
         folder.write_recipe(resolved)
@@ -167,6 +176,21 @@ def train(
     _write_results(folder, prepared, resolved, verdict, summary, worst, frontier)
     seconds = time.perf_counter() - started
     return RunResult(folder.path, verdict, seconds, summary, bool(stopped_by))
+
+
+def _with_earlier(
+    recipe: Recipe, earlier: Sequence[Item], folder: RunFolder, console: Console
+) -> Recipe:
+    """The same with the probes of the stages before, which are kept in the folder."""
+    if not earlier:
+        return recipe
+    file = folder.earlier_probes
+    if not file.exists():  # a run that is resumed asks what it asked
+        write_items(file, earlier)
+    probes = ", ".join(sorted({item.probe for item in earlier}))
+    line = f"judging what was judged before: {probes} ({len(earlier)} items)"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return recipe.model_copy(update={"probes": [*recipe.probes, str(file)]})
 
 
 def _refuse_early(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from holdfast.errors import RequestError
 from holdfast.gate.beforehand import capabilities, require_known
 from holdfast.lineage import locate
 from holdfast.meters.canary import OWN_SAMPLES
-from holdfast.meters.probes import Item, load_items
+from holdfast.meters.probes import Item
 from holdfast.model import check_folder
 from holdfast.recipe import Recipe
 
@@ -41,11 +41,14 @@ class Preflight:
 
     sources: tuple[Checked, ...]
     probe_items: int
+    earlier_items: int
+    """Of the stages before."""
 
     def lines(self) -> list[str]:
         """A line for each source, and one for the probes."""
         lines = [_line(checked) for checked in self.sources]
-        return [*lines, f"probes: {self.probe_items} items"] if self.probe_items else lines
+        counts = {"probes": self.probe_items, "probes of earlier stages": self.earlier_items}
+        return [*lines, *(f"{name}: {count} items" for name, count in counts.items() if count)]
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -76,12 +79,12 @@ def preflight(recipe: Recipe, *, resume: bool = False) -> Preflight:
         ("canary", recipe.canary.sources),
     ]
     sources = [attempt(partial(_check, name, source)) for name, group in groups for source in group]
-    items = attempt(partial(load_items, recipe.probes))
+    own, earlier, _ = attempt(recipe.items) or ([], [], [])
     if not problems:
-        attempt(partial(_check_margins, recipe, items, sources))
+        attempt(partial(_check_margins, recipe, [*own, *earlier], sources))
     if problems:
         raise RequestError(*dict.fromkeys(problems))
-    return Preflight(tuple(sources), len(items))
+    return Preflight(tuple(sources), len(own), len(earlier))
 
 
 def _check(field: str, source: Source) -> Checked:

@@ -186,7 +186,6 @@ class Replay(Lever):
         stage: Stage,
         canary: Iterable[str],
         streams: Iterable[str],
-        probes: Sequence[str] = (),
     ) -> list[str]:
         """What a user should know of before training.
 
@@ -194,7 +193,6 @@ class Replay(Lever):
             stage: where training starts.
             canary: domains of the canary.
             streams: names of this lever's streams.
-            probes: files of the run's probes.
         """
         found = []
         _, gone = _lessons(stage)
@@ -202,12 +200,6 @@ class Replay(Lever):
             found.append(
                 f"the model was taught {', '.join(gone)}, which is not there any more: nothing "
                 "holds that lesson; give its rows in levers.replay.earlier.sources"
-            )
-        unread = [path for path in stage.recipe().get("probes", []) if path not in probes]
-        if unread and self.earlier.share:
-            found.append(
-                f"what was taught before is held but not judged: it was read with "
-                f"{', '.join(unread)}; give that in probes"
             )
         if self.off:
             return found

@@ -1,0 +1,113 @@
+"""What the stages before were judged by is judged again, and what they taught is to stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from holdfast.meters.probes import load_items
+from holdfast.recipe import Recipe, load_recipe
+
+CODE = {"kind": "code", "tests": "assert f() == 1", "tags": ["guardrail"]}
+
+
+def item(probe: str, number: int, tag: str, **more: Any) -> dict[str, Any]:
+    """An item as a line of a probe file has it."""
+    given = {"kind": "cloze", "prompt": f"{number} * {number} =", "target": f" {number**2}"}
+    return given | {"id": str(number), "probe": probe, "tags": [tag]} | more
+
+
+def write(file: Path, *items: dict[str, Any]) -> str:
+    file.write_text("".join(json.dumps(one) + "\n" for one in items))
+    return str(file)
+
+
+@pytest.fixture
+def stage(here: Path, finished_run: Path) -> Callable[..., Recipe]:
+    """Recipes of a second stage, whose first one was judged by some items."""
+    shutil.copytree(finished_run, here / "one")
+    written = yaml.safe_load((here / "one" / "recipe.yaml").read_text())
+
+    def made(*items: dict[str, Any], **fields: Any) -> Recipe:
+        paths = [write(here / "first.jsonl", *items)] if items else []
+        (here / "one" / "recipe.yaml").write_text(yaml.safe_dump(written | {"probes": paths}))
+        return load_recipe(None, [], model="one", data="lesson.jsonl", **fields)
+
+    return made
+
+
+def test_what_was_taught_is_a_guardrail_and_all_else_is_as_it_was(
+    stage: Callable[..., Recipe],
+) -> None:
+    tags = ("target", "guardrail", "rare", "adoption", "control", "recovery")
+    recipe = stage(*(item(tag, 1, tag) for tag in tags))
+    own, earlier, unasked = recipe.items()
+    assert (own, unasked) == ([], [])
+    expected = {tag: [tag] for tag in tags} | {"target": ["guardrail"]}
+    assert {one.probe: one.tags for one in earlier} == expected
+
+
+def test_a_probe_of_its_own_is_not_asked_twice(here: Path, stage: Callable[..., Recipe]) -> None:
+    mine = write(here / "mine.jsonl", item("sums", 2, "target"))
+    recipe = stage(item("sums", 1, "target"), item("old", 1, "guardrail"), probes=[mine])
+    own, earlier, _ = recipe.items()
+    assert [(one.probe, one.id, one.tags) for one in own] == [("sums", "2", ["target"])]
+    assert [one.probe for one in earlier] == ["old"]
+
+
+def test_code_is_run_only_where_that_is_asked_for(stage: Callable[..., Recipe]) -> None:
+    items = (item("sums", 1, "guardrail"), item("functions", 1, "guardrail", **CODE))
+    _, earlier, (line,) = stage(*items).items()
+    assert [one.probe for one in earlier] == ["sums"]
+    assert "'functions', which runs what it writes: not judged here" in line
+    _, earlier, unasked = stage(*items, train={"run_generated_code": True}).items()
+    assert ([one.probe for one in earlier], unasked) == (["sums", "functions"], [])
+
+
+def test_what_is_not_judged_is_told(here: Path, stage: Callable[..., Recipe]) -> None:
+    recipe = stage(item("sums", 1, "target"))
+    (here / "first.jsonl").unlink()
+    _, earlier, (line,) = recipe.items()
+    assert earlier == []
+    assert "judged by" in line
+    assert "first.jsonl, which is not there any more" in line
+    _, _, (line,) = stage().items()
+    assert line.startswith("no probe asks for what the model was taught before (")
+    mine = write(here / "mine.jsonl", item("sums", 1, "guardrail"))
+    assert stage(probes=[mine]).items()[2] == []
+    assert stage(earlier_probes=False).items()[1:] == ([], [])
+
+
+def test_the_gate_of_a_third_stage_judges_what_the_first_one_taught(
+    here: Path, quick: list[str], holdfast: Callable[..., Any]
+) -> None:
+    first = write(here / "first.jsonl", *(item("sums", n, "target") for n in range(20)))
+    second = write(here / "second.jsonl", *(item("more", n, "target") for n in range(20)))
+    begun = ["data=lesson.jsonl", *(word for word in quick if "gate" not in word)]
+    for model, probes, out in (("tiny", first, "one"), ("one", second, "two")):
+        done = holdfast("train", f"model={model}", f"probes={probes}", f"out={out}", *begun)
+        assert done.code in (0, 3, 4), done.err
+    dry = holdfast("validate", "model=two", "gate.margins={sums: 5pt}", *begun)
+    assert dry.code == 0, dry.err
+    assert "probes of earlier stages: 40 items" in dry.out
+    found = holdfast("train", "model=two", "gate.margins={sums: 5pt}", "out=three", *begun)
+    assert found.code in (0, 3, 4), found.err
+    assert "judging what was judged before: more, sums (40 items)" in found.out
+    kept = load_items([str(here / "three" / "earlier_probes.jsonl")])
+    assert {(one.probe, *one.tags) for one in kept} == {
+        ("sums", "guardrail"),
+        ("more", "guardrail"),
+    }
+    rows = json.loads((here / "three" / "verdict.json").read_text())["rows"]
+    judged = {row["name"]: (row["kind"], row["margin"]) for row in rows if row["meter"] == "probe"}
+    assert judged.keys() == {"sums", "more"}
+    assert {kind for kind, _ in judged.values()} == {"guardrail"}
+    again = holdfast("train", "--resume", "--out", "three")
+    assert again.code == found.code, again.err
+    assert json.loads((here / "three" / "verdict.json").read_text())["rows"] == rows
