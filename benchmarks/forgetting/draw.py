@@ -49,10 +49,10 @@ replay has, beside that of the others. KL: of the base to the tuned model in nat
 lesson and, worst domain, on old text. Brackets: 95 % two-level bootstrap (seeds, then items).
 hypervolume: of the frontier of the {len(RATES)} rates on the validation seed, reference gain
 {REFERENCE[0]:g}, rise {REFERENCE[1]:.0%}. time / memory: CPU seconds and peak memory of one
-training in a process of its own, over those of plain full fine-tuning. p: gain less forgotten,
-against {OURS}, Holm over the arms. An arm marked * learned less than {EQUAL:.0%} of what full
-fine-tuning can, at every rate: what it forgot is not to be compared. The rate falls along a line in
-holdfast's arms and in "full, linear", in every other along the classic recipe's cosine.
+training on new facts in a process of its own, over those of plain full fine-tuning. p: gain less
+forgotten, against {OURS}, Holm over the arms. An arm marked * learned less than {EQUAL:.0%} of what
+full fine-tuning can, at every rate: what it forgot is not to be compared. The rate falls along a
+line in holdfast's arms and in "full, linear", in every other along the classic recipe's cosine.
 """
 
 
@@ -166,14 +166,22 @@ def _aims(cells: Sequence[Cell], costs: Sequence[Cell]) -> list[str]:
     lines = [
         f"- gain over full fine-tuning's: {learned} (aim: at least 0.99)",
         f"- worst rise over full fine-tuning's: {rise}; forgotten: {lost} (aim: at most 0.02)",
-        f"- time over full fine-tuning's: {_cost(costs, OURS, 'seconds'):.2f} (aim: at most 1.5)",
+        f"- time over full fine-tuning's: {_time(cells, costs)} (aim: at most 1.5)",
         f"- hypervolume above that of every arm: {'no, ' + ', '.join(above) if above else 'yes'}",
         "- rise of the left-out domains over that of the others: "
         f"{mean['left out rise'] / mean['replayed rise']:.2f} (aim: at most 1.5)",
     ]
     if "kept" in mean:
-        lines.append(f"- first stage kept: {mean['kept']:.0%} (aim: at least 97 %)")
+        lines.append(f"- first stage kept: {_ratio(first['kept'])} (aim: at least 0.97)")
     return [*lines, ""]
+
+
+def _time(cells: Sequence[Cell], costs: Sequence[Cell]) -> str:
+    """The default's; of a sequence, whose second stage reads more, by the cells themselves."""
+    if "+" not in cells[0]["lesson"]:
+        return f"{_cost(costs, OURS, 'seconds'):.2f}"
+    ours, full = ([c["seconds"] for c in tested(cells, arm)] for arm in (OURS, FULL))
+    return f"{np.mean(ours) / np.mean(full):.2f}, wall time beside another job"
 
 
 def _ratio(drawn: Sequence[float]) -> str:
