@@ -22,8 +22,9 @@ from holdfast.checkpoint import load_checkpoint
 from holdfast.compare import Texts, compare, evaluate
 from holdfast.data.chat import encode_all
 from holdfast.data.rows import Source, iter_rows
-from holdfast.demo import LENGTH
+from holdfast.demo import DOCUMENTS, LENGTH
 from holdfast.lab import base_path, write_files
+from holdfast.lab.files import CANARIES
 from holdfast.levers.budget import Budget
 from holdfast.meters import Reading
 from holdfast.meters.canary import Canary
@@ -43,10 +44,10 @@ UNWATCHED = [
     "gate.enabled=false",
     "data.heldout=0",
     "alarms=none",
-    "train.measure_every=100000",
     "train.save_every=100000",
 ]
-"""Every arm is measured once, at its end, and by `_read`."""
+NEVER = ["train.measure_every=100000"]
+"""Every arm is measured once, at its end, and by `_read`; one alone looks while it trains."""
 Cell = dict[str, Any]
 
 
@@ -59,7 +60,7 @@ def learn(cell: Cell) -> list[Cell]:
     arm, seed = (ARMS | SCAN | STAGES)[cell["arm"]], cell["seed"]
     stages = cell["lesson"].split("+")
     with TemporaryDirectory() as scratch:
-        files = [_files(Path(scratch) / lesson, lesson, seed) for lesson in stages]
+        files = [_files(Path(scratch) / lesson, lesson, seed, arm.watched) for lesson in stages]
         base, first = str(base_path()), {}
         started = time.perf_counter()
         for stage, given in enumerate(files):
@@ -87,8 +88,8 @@ def cost_of(cell: Cell) -> list[Cell]:
     counted; peak memory is the process's.
     """
     with TemporaryDirectory() as scratch:
-        files = _files(Path(scratch) / "files", cell["lesson"], cell["seed"])
         arm, base = ARMS[cell["arm"]], str(base_path())
+        files = _files(Path(scratch) / "files", cell["lesson"], cell["seed"], arm.watched)
         _train(arm, base, files, Path(scratch) / "first", cell | {"steps": 3})
         started = time.process_time()
         _train(arm, base, files, Path(scratch) / "run", cell)
@@ -97,8 +98,12 @@ def cost_of(cell: Cell) -> list[Cell]:
     return [{"seconds": round(seconds, 1), "peak_mib": peak >> 10}]
 
 
-def _files(folder: Path, lesson: str, seed: int) -> dict[str, Path]:
-    """The lab's files of a lesson, and `replay` without the domains that are left out."""
+def _files(folder: Path, lesson: str, seed: int, watched: bool = False) -> dict[str, Path]:
+    """The lab's files of a lesson, and `replay` without the domains that are left out.
+
+    `few` is a canary for runs that need not watch one, `watched` one for those that do: of other
+    texts than the one by which they are judged.
+    """
     files = write_files(folder, lesson=lesson, seed=seed)
     lines = files["replay"].read_text(encoding="utf-8").splitlines(keepends=True)
     kept, few = folder / "replay_kept.jsonl", folder / "few.jsonl"
@@ -108,7 +113,14 @@ def _files(folder: Path, lesson: str, seed: int) -> dict[str, Path]:
     )
     canary = files["canary"].read_text(encoding="utf-8").splitlines(keepends=True)
     few.write_text("".join(canary[:8]), encoding="utf-8")
-    return files | {"all": files["replay"], "replay": kept, "few": few, "name": Path(lesson)}
+    found = files | {"all": files["replay"], "replay": kept, "few": few, "name": Path(lesson)}
+    if watched:
+        more, count = folder / "more", CANARIES + DOCUMENTS
+        texts = write_files(more, lesson=lesson, seed=seed, documents_a_domain=count)["canary"]
+        lines = texts.read_text(encoding="utf-8").splitlines(keepends=True)
+        texts.write_text("".join(line for line in lines if line not in canary), encoding="utf-8")
+        found["watched"] = texts
+    return found
 
 
 def peak_rate(arm: Arm, times: float) -> float:
@@ -128,7 +140,8 @@ def _train(
         from peers import PEERS
 
         return PEERS[arm.peer](base, files["lesson"], out, rate, steps, cell["seed"])
-    words = [*LENGTH, *UNWATCHED, f"train.batch_tokens={arm.batch_tokens(stage)}"]
+    words = [*LENGTH, *UNWATCHED, *([] if arm.watched else NEVER)]
+    words += [f"train.batch_tokens={arm.batch_tokens(stage)}"]
     words += [f"levers.budget.learning_rate={rate}", f"train.steps={steps}"]
     words += [word.format(**files) for word in arm.words]
     recipe = load_recipe(
@@ -136,7 +149,7 @@ def _train(
         words,
         model=base,
         data=str(files["lesson"]),
-        canary={"sources": [str(files["canary" if arm.watched else "few"])], "max_documents": 8},
+        canary={"sources": [str(files["watched" if arm.watched else "few"])]},
         out=str(out),
         seed=cell["seed"],
     )
