@@ -21,7 +21,7 @@ from holdfast.data.mixer import FILE as MIXER
 from holdfast.errors import RequestError
 from holdfast.gate.looks import look
 from holdfast.gate.verdict import GateResult, decide, halted
-from holdfast.levers.forgetting import unwatched
+from holdfast.levers import forgetting
 from holdfast.lineage import locate
 from holdfast.measure import Measure, lesson_documents
 from holdfast.meters import Reading
@@ -124,10 +124,8 @@ def train(
                 before = measure.whole(base, 0, cached=True)
             folder.merge(before)
             folder.save_before(before)
-        if names := unwatched(before, recipe.levers.forgetting.budget):
-            line = f"levers.forgetting.budget: {', '.join(names)}: not read while training, so left"
-            line += " to the gate; train.measure_probes: true reads the probes' selection half"
-            warn([line], prepared.setup, console)
+        budget = recipe.levers.forgetting.budget
+        warn(forgetting.warnings(before, budget), prepared.setup, console)
         routed = measure.routed(base)
         trainer = assemble(prepared, folder, measure, before, console, watch)
     _keep_mixer(recipe, folder.path)

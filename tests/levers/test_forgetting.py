@@ -18,7 +18,7 @@ from holdfast.data.stream import Stream
 from holdfast.dual import RATE_LEAST, SHARE_LEAST, WEIGHT_MOST, Strengths
 from holdfast.levers import Memory, ProbeContext
 from holdfast.levers.budget import Budget
-from holdfast.levers.forgetting import PATIENCE, Forgetting, rises, unwatched
+from holdfast.levers.forgetting import DOCUMENTS, PATIENCE, Forgetting, rises, warnings
 from holdfast.levers.kl_anchor import KlAnchor
 from holdfast.meters import Reading
 
@@ -104,8 +104,18 @@ def test_what_no_budget_names_or_the_gate_judges_is_not_looked_at(
 
 
 def test_a_key_that_nothing_falls_under_is_named() -> None:
-    found = [reading(BASE), reading(BASE, name="gsm8k", unit="accuracy", tags=(), split="sealed")]
-    assert unwatched(found, {"canary": "1%", "gsm8k": "2pt"}) == ["gsm8k"]
+    many = {f"d{i}": 2.0 for i in range(DOCUMENTS)}
+    found = [reading(many), reading(BASE, name="gsm8k", unit="accuracy", tags=(), split="sealed")]
+    (line,) = warnings(found, {"canary": "1%", "gsm8k": "2pt"})
+    assert line.startswith("levers.forgetting.budget: gsm8k: not read while training")
+
+
+def test_what_is_watched_by_few_texts_is_named() -> None:
+    few = dict(list(BASE.items())[: DOCUMENTS - 1])
+    found = [reading(few), reading(few, name="other", split="sealed"), reading(few, name="sums")]
+    (line,) = warnings(found, {"canary": "1%"})
+    assert f"few texts or items to watch: old ({len(few)}), sums ({len(few)}); by so few" in line
+    assert warnings(found, {}) == []
 
 
 def test_it_tightens_what_is_over_and_loosens_what_is_well_within() -> None:

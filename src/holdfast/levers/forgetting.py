@@ -150,15 +150,29 @@ class Forgetting(Lever):
             )
 
 
-def unwatched(before: Sequence[Reading], budget: Mapping[str, str]) -> list[str]:
-    """Keys of a budget that nothing of the selection split falls under: the gate's alone."""
+def warnings(before: Sequence[Reading], budget: Mapping[str, str]) -> list[str]:
+    """What of a budget is not watched while training, or by too little; a line each."""
     gate = Gate(margins=dict(budget))
-    seen = [
-        gate.margin_for(reading.meter, reading.name, reading.unit, reading.tags)
+    watched = {
+        reading.name: (margin[1], len(reading.items))
         for reading in before
         if reading.split == "selection" and "target" not in reading.tags
-    ]
-    return sorted(budget.keys() - {margin[1] for margin in seen if margin})
+        if (margin := gate.margin_for(reading.meter, reading.name, reading.unit, reading.tags))
+        if margin[1] in budget
+    }
+    found = []
+    if unread := sorted(budget.keys() - {key for key, _ in watched.values()}):
+        found.append(
+            f"levers.forgetting.budget: {', '.join(unread)}: not read while training, so left to "
+            "the gate; train.measure_probes: true reads the probes' selection half"
+        )
+    if few := [f"{name} ({n})" for name, (_, n) in sorted(watched.items()) if n < DOCUMENTS]:
+        found.append(
+            f"levers.forgetting.budget: few texts or items to watch: {', '.join(few)}; by so few a "
+            "bound is wide, and more is drawn back than need be: give each "
+            f"{2 * DOCUMENTS} or more, half of which are for the gate"
+        )
+    return found
 
 
 def reached(memory: Memory) -> list[str]:
