@@ -60,12 +60,15 @@ def write_page(cells: Sequence[Cell], costs: Sequence[Cell], out: Path) -> None:
     """Write `out`, and a picture for each lesson beside it."""
     done = [cell for cell in cells if "failed" not in cell]
     steps = {cell["steps"] for cell in done}
-    devices = [f"{count} on {name}" for name, count in Counter(c["device"] for c in done).items()]
+    devices = []
+    for name, count in Counter(c["device"] for c in done).items():
+        hours = sum(c["seconds"] for c in done if c["device"] == name) / 3600
+        devices.append(f"{count} on {name}, {hours:.1f} hours of training, side by side")
     parts = [
         "# Benchmark: learned against forgotten",
         "",
         f"Made by `python benchmarks/forgetting run`, `... cost` and `... table`; {len(done)} "
-        f"cells of {' or '.join(map(str, sorted(steps)))} steps ({', '.join(devices)}). What is "
+        f"cells of {' or '.join(map(str, sorted(steps)))} steps ({'; '.join(devices)}). What is "
         "not here yet, `run` fills in.",
         "",
         INTRODUCTION,

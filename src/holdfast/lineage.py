@@ -65,6 +65,13 @@ class Stage:
         before = recipe.get("levers", {}).get("replay", {}).get("earlier", {})
         return [*recipe.get("data", {}).get("sources", []), *before.get("sources", [])]
 
+    def canary(self) -> list[dict[str, Any]]:
+        """Sources of the canary that a run was read by, those whose file is still there."""
+        sources: list[dict[str, Any]] = self.recipe().get("canary", {}).get("sources", [])
+        paths = (Path(one["path"]).expanduser() for one in sources)
+        there = zip(sources, paths, strict=True)
+        return [one for one, path in there if path.exists() or not looks_local(one["path"])]
+
 
 def locate(path: str, revision: str | None = None, *, field: str = "model.path") -> Stage:
     """The weights that `path` names.

@@ -173,7 +173,7 @@ def prepare(
 def _tell_of_replay(
     recipe: Recipe, setup: Setup, streams: Sequence[Stream], console: Console
 ) -> None:
-    """Say which mix is replayed, which lessons are held, and what of both is not."""
+    """Say what came with the stage: mix, lessons that are held, canary; and what did not."""
     replay = recipe.levers.replay
     stage = locate(recipe.model.path, recipe.model.revision)
     if "mixer" in setup.notes:
@@ -183,6 +183,10 @@ def _tell_of_replay(
     if replay.earlier.share:
         paths = ", ".join(source.path for source in replay.earlier.sources)
         line = f"holding what was taught before: {paths} ({replay.earlier.share:.0%} of the tokens)"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    sources = recipe.canary.sources
+    if sources and [one.model_dump(mode="json") for one in sources] == stage.canary():
+        line = f"canary: that of the stage before: {', '.join(one.path for one in sources)}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     domains = {
         row.domain or Path(source.path).stem

@@ -184,8 +184,8 @@ class Recipe(Section):
     probes: list[str] = Field(default_factory=list)
     """JSONL files of probe items, measured before and after."""
     earlier_probes: bool = True
-    """Whether what the stages before were judged by is judged here, too, where this one starts from
-    the folder of a run: what was taught there must stay."""
+    """Whether the probes of the stages before are read here, too, where this one starts from the
+    folder of a run: what was taught there must stay."""
     gate: Gate = Gate()
     """How much may be forgotten."""
     alarms: Alarms = Alarms()
@@ -291,7 +291,7 @@ class Recipe(Section):
         return own, *earlier_items(stage, own, run_code=self.train.run_generated_code)
 
     def with_stage(self) -> Self:
-        """The same with what came with the model, where replay is left open: mixer and lessons.
+        """The same with what came with the model, where it is left open: mixer, lessons, canary.
 
         Raises:
             RequestError: there is one, and the recipe cannot replay it.
@@ -303,13 +303,16 @@ class Recipe(Section):
         replay = self.levers.replay.inherited(
             stage, self.data.sources, anchored=self.levers.kl_anchor.anchored
         )
-        if replay is self.levers.replay:
+        canary = self.canary
+        if not canary.sources and (sources := stage.canary()):
+            canary = Canary.model_validate({**dict(canary), "sources": sources})
+        if replay is self.levers.replay and canary is self.canary:
             return self
         levers = self.levers.model_copy(update={"replay": replay})
         came = [f"the mixer '{replay.mixer}'"] * (replay.mixer != self.levers.replay.mixer)
         came += ["lessons that it was taught"] * (replay.earlier != self.levers.replay.earlier)
         try:
-            return type(self).model_validate({**dict(self), "levers": levers})
+            return type(self).model_validate({**dict(self), "levers": levers, "canary": canary})
         except ValidationError as error:
             raise RequestError(
                 *(

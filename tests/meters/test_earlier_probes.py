@@ -84,14 +84,38 @@ def test_what_is_not_judged_is_told(here: Path, stage: Callable[..., Recipe]) ->
     assert stage(earlier_probes=False).items()[1:] == ([], [])
 
 
+def test_the_canary_of_the_stage_before_goes_on_unless_another_is_named(
+    here: Path, finished_run: Path
+) -> None:
+    shutil.copytree(finished_run, here / "one")
+    text = write(here / "text.jsonl", {"text": "some old text", "domain": "old"})
+    other = write(here / "other.jsonl", {"text": "other text"})
+    written = yaml.safe_load((here / "one" / "recipe.yaml").read_text())
+    written["canary"]["sources"] = [{"path": text, "domain": "old"}]
+    (here / "one" / "recipe.yaml").write_text(yaml.safe_dump(written))
+
+    def canary(**fields: Any) -> list[str]:
+        recipe = load_recipe(None, [], model="one", data="lesson.jsonl", **fields)
+        return [source.path for source in recipe.canary.sources]
+
+    assert canary() == [text]
+    assert canary(levers="none") == [text]
+    assert canary(canary={"sources": [other]}) == [other]
+    (here / "text.jsonl").unlink()
+    assert canary() == []
+
+
 def test_the_gate_of_a_third_stage_judges_what_the_first_one_taught(
     here: Path, quick: list[str], holdfast: Callable[..., Any]
 ) -> None:
+    texts = ({"text": f"{n} stones lie by the sea", "domain": "prose"} for n in range(12))
+    begun = ["data=lesson.jsonl", *(word for word in quick if "gate" not in word)]
     first = write(here / "first.jsonl", *(item("sums", n, "target") for n in range(20)))
     second = write(here / "second.jsonl", *(item("more", n, "target") for n in range(20)))
-    begun = ["data=lesson.jsonl", *(word for word in quick if "gate" not in word)]
+    canary = f"canary.sources=[{write(here / 'old.jsonl', *texts)}]"
     for model, probes, out in (("tiny", first, "one"), ("one", second, "two")):
-        done = holdfast("train", f"model={model}", f"probes={probes}", f"out={out}", *begun)
+        words = [f"model={model}", f"probes={probes}", f"out={out}", *begun]
+        done = holdfast("train", *words, *([canary] if model == "tiny" else []))
         assert done.code in (0, 3, 4), done.err
     dry = holdfast("validate", "model=two", "gate.margins={sums: 5pt}", *begun)
     assert dry.code == 0, dry.err
@@ -99,6 +123,7 @@ def test_the_gate_of_a_third_stage_judges_what_the_first_one_taught(
     found = holdfast("train", "model=two", "gate.margins={sums: 5pt}", "out=three", *begun)
     assert found.code in (0, 3, 4), found.err
     assert "judging what was judged before: more, sums (40 items)" in found.out
+    assert "canary: that of the stage before: " in found.out
     kept = load_items([str(here / "three" / "earlier_probes.jsonl")])
     assert {(one.probe, *one.tags) for one in kept} == {
         ("sums", "guardrail"),
@@ -107,6 +132,7 @@ def test_the_gate_of_a_third_stage_judges_what_the_first_one_taught(
     rows = json.loads((here / "three" / "verdict.json").read_text())["rows"]
     judged = {row["name"]: (row["kind"], row["margin"]) for row in rows if row["meter"] == "probe"}
     assert judged.keys() == {"sums", "more"}
+    assert "prose" in {row["name"] for row in rows if row["meter"] == "canary"}
     assert {kind for kind, _ in judged.values()} == {"guardrail"}
     again = holdfast("train", "--resume", "--out", "three")
     assert again.code == found.code, again.err

@@ -37,7 +37,8 @@ class Canary(Section):
     """Held-out text that must stay as likely as before."""
 
     sources: list[Source] = Field(default_factory=list)
-    """Files with `text` rows (or chat rows), a domain each; empty: samples of the base."""
+    """Files with `text` rows (or chat rows), a domain each; empty: those of the run that the model
+    came from, else samples of the base."""
     max_documents: int = Field(default=200, ge=8)
     """Documents a domain. Half of them are the selection split, half the sealed one."""
 
