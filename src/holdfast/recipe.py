@@ -29,7 +29,7 @@ from holdfast.errors import RequestError, did_you_mean
 from holdfast.explain import explain
 from holdfast.gate.verdict import Gate
 from holdfast.levers import Lever, levers
-from holdfast.lineage import locate
+from holdfast.lineage import Stage, locate
 from holdfast.meters.canary import Canary
 from holdfast.meters.probes import Item, earlier_items, load_items
 from holdfast.model import Model
@@ -282,13 +282,19 @@ class Recipe(Section):
         """Its own probe items, those of the stages before it, and what of these is not asked.
 
         Raises:
-            RequestError: a file of them cannot be read, or the model is not there.
+            RequestError: a file of them cannot be read.
         """
-        own = load_items(self.probes)
-        if not self.earlier_probes:
+        own, stage = load_items(self.probes), self._stage()
+        if stage is None or not self.earlier_probes:
             return own, [], []
-        stage = locate(self.model.path, self.model.revision)
         return own, *earlier_items(stage, own, run_code=self.train.run_generated_code)
+
+    def _stage(self) -> Stage | None:
+        """Where training starts; None where there is nothing, which whoever loads it says."""
+        try:
+            return locate(self.model.path, self.model.revision)
+        except RequestError:
+            return None
 
     def with_stage(self) -> Self:
         """The same with what came with the model, where it is left open: mixer, lessons, canary.
@@ -296,9 +302,8 @@ class Recipe(Section):
         Raises:
             RequestError: there is one, and the recipe cannot replay it.
         """
-        try:
-            stage = locate(self.model.path, self.model.revision)
-        except RequestError:  # whoever loads the model says so
+        stage = self._stage()
+        if stage is None:
             return self
         replay = self.levers.replay.inherited(
             stage, self.data.sources, anchored=self.levers.kl_anchor.anchored
