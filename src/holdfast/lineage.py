@@ -68,9 +68,7 @@ class Stage:
     def canary(self) -> list[dict[str, Any]]:
         """Sources of the canary that a run was read by, those whose file is still there."""
         sources: list[dict[str, Any]] = self.recipe().get("canary", {}).get("sources", [])
-        paths = (Path(one["path"]).expanduser() for one in sources)
-        there = zip(sources, paths, strict=True)
-        return [one for one, path in there if path.exists() or not looks_local(one["path"])]
+        return [one for one in sources if not gone(one["path"])]
 
 
 def locate(path: str, revision: str | None = None, *, field: str = "model.path") -> Stage:
@@ -95,6 +93,11 @@ def expanded(path: str) -> str:
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist was meant for a folder, not for a hub id."""
     return path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def gone(path: str) -> bool:
+    """Whether a path was meant for a file or folder, and there is none."""
+    return looks_local(path) and not Path(path).expanduser().exists()
 
 
 def tokenizer_in(folder: Path) -> str | None:

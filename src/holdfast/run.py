@@ -87,14 +87,16 @@ def train(
     recipe = settled(recipe.with_stage())
     started = time.perf_counter()
     own, earlier, unasked = recipe.items()
-    allow_code(own, recipe.train.run_generated_code)
+    items = [*own, *earlier]
+    allow_code(items, recipe.train.run_generated_code)
     if recipe.train.measure_probes:
-        require_both_halves([*own, *earlier])
+        require_both_halves(items)
     _refuse_early(recipe)
     folder = RunFolder.open(Path(recipe.out)) if resume else RunFolder.create(Path(recipe.out))
     with nullcontext() if resume else folder.given_up_if_refused():
-        recipe = _with_earlier(recipe, earlier, folder, console)
-        items = load_items(recipe.probes)
+        if earlier:
+            recipe = _with_earlier(recipe, earlier, folder, console)
+            items = load_items(recipe.probes)
         tokenizer, base = load(recipe, console)
         resolved = _resolved(recipe, tokenizer, base)
         if resume:
@@ -180,8 +182,6 @@ def _with_earlier(
     recipe: Recipe, earlier: Sequence[Item], folder: RunFolder, console: Console
 ) -> Recipe:
     """The same with the probes of the stages before, which are kept in the folder."""
-    if not earlier:
-        return recipe
     file = folder.earlier_probes
     if not file.exists():  # a run that is resumed asks what it asked
         write_items(file, earlier)

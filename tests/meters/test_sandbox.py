@@ -303,7 +303,7 @@ def test_nothing_of_the_user_is_in_sight(tmp_path: Path, monkeypatch: pytest.Mon
     paths = ["/etc/passwd", "/etc/shadow", "/etc", "/home", "/bin/sh", "/usr/bin", "/sys"]
     paths += [str(Path.home()), __file__, str(Path(__file__).parents[2]), sandbox.__file__]
     paths += [str(tmp_path / "secret"), "../../../../etc/passwd"]
-    paths += [f"/proc/{process}/root/etc/passwd" for process in (1, "self")]
+    paths += [str(Path("/proc", process, "root", "etc", "passwd")) for process in ("1", "self")]
     program = _unreachable(paths) + (
         "assert 'hunter2' not in repr(os.environ)\n"
         "pids = [name for name in os.listdir('/proc') if name.isdigit()]\n"

@@ -28,7 +28,7 @@ from holdfast.data.example import Role
 from holdfast.data.mixer import Mixer, mixer_of, read_mixer, tokenizer_digest
 from holdfast.data.rows import Source
 from holdfast.levers import Lever, Memory, Setup, StepState, Term, TokenLosses, shared_sum
-from holdfast.lineage import Stage, looks_local
+from holdfast.lineage import Stage, gone
 from holdfast.section import Section
 
 if TYPE_CHECKING:
@@ -195,10 +195,10 @@ class Replay(Lever):
             streams: names of this lever's streams.
         """
         found = []
-        _, gone = _lessons(stage)
-        if gone and self.fraction and self.earlier.fraction and not self.earlier.sources:
+        _, lost = _lessons(stage)
+        if lost and self.fraction and self.earlier.fraction and not self.earlier.sources:
             found.append(
-                f"the model was taught {', '.join(gone)}, which is not there any more: nothing "
+                f"the model was taught {', '.join(lost)}, which is not there any more: nothing "
                 "holds that lesson; give its rows in levers.replay.earlier.sources"
             )
         if self.off:
@@ -263,5 +263,5 @@ class Replay(Lever):
 def _lessons(stage: Stage) -> tuple[list[Source], list[str]]:
     """What the stages up to this one learned: the sources, and the paths of files that are gone."""
     taught = {one["path"]: Source(**one) for one in stage.taught()}
-    gone = [path for path in taught if looks_local(path) and not Path(path).expanduser().exists()]
-    return [source for path, source in taught.items() if path not in gone], gone
+    there = [source for path, source in taught.items() if not gone(path)]
+    return there, [path for path in taught if gone(path)]
