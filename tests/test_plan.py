@@ -121,7 +121,7 @@ def test_memory_adds_up(recipe: Asked) -> None:
     assert found.parameters == 273 * 32 * 2 + 32 + 2 * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 64 + 64)
     assert {part: found.memory[part] for part in ("weights", "reference", "gradients")} == {
         "weights": size,
-        "reference": size,
+        "reference": 4 * 273 * 32,  # of the base, which is remembered, only the head
         "gradients": size,
     }
     assert found.memory["optimizer"] == 2 * size
@@ -148,17 +148,43 @@ def test_no_copy_where_the_adapter_is_switched_off_or_nothing_is_anchored(recipe
 
 
 HALF = "levers.kl_anchor.self_generated.fraction=0.5"
+OFF = "levers.kl_anchor.reference=adapter_off"
+FULL = "levers.adapter=none"
+
+
+@pytest.mark.parametrize(("words", "passes"), [([], 2), ([FULL], 3)])
+def test_what_is_remembered_is_read_once(words: list[str], passes: int, recipe: Asked) -> None:
+    """By hand: the lesson's tokens over its epochs, of all tokens; 32 numbers of 4 bytes each."""
+    asked = recipe("levers.kl_anchor.on=both", HALF, "train.steps=40", *words)
+    found = plan(asked)
+    chosen = found.reference
+    assert chosen is not None
+    task, anchor = found.streams
+    assert task.epochs is not None
+    assert task.epochs > 2
+    once = task.tokens / task.epochs + anchor.tokens  # of text not yet written at most that much
+    assert (chosen.source, chosen.bytes) == ("remembered", int(once) * 32 * 4)
+    assert chosen.forward_share == pytest.approx(once / (task.tokens + anchor.tokens))
+    assert chosen.step_share == pytest.approx(chosen.forward_share / passes)
+    assert found.memory["reference"] == (4 * 273 * 32 if words else 0)
+    cost = chosen.lines()[1]
+    assert "each text once before training, about" in cost
+    assert f"{chosen.step_share:.0%} of the steps' time" in cost
 
 
 @pytest.mark.parametrize(
     ("words", "source", "copied", "device", "share", "step"),
     # by hand: of 2 passes a step under an adapter, 3 in full, one more with recomputed activations
     [
-        ([HALF], "adapter_off", 0.0, "beside the model", 0.5, 0.25),
-        ([HALF, "levers.adapter=none"], "frozen", 1.0, "beside the model", 0.5, 0.5 / 3),
-        (["levers.kl_anchor.on=task", HALF], "adapter_off", 0.0, "beside the model", 1.0, 0.5),
-        (["levers.kl_anchor.on=both", HALF], "adapter_off", 0.0, "beside the model", 1.0, 0.5),
-        ([HALF, "train.activation_checkpointing=true"], "adapter_off", 0.0, "", 0.5, 0.5 / 3),
+        ([HALF, OFF], "adapter_off", 0.0, "beside the model", 0.5, 0.25),
+        ([HALF, FULL, "levers.kl_anchor.reference=frozen"], "frozen", 1.0, "", 0.5, 0.5 / 3),
+        (["levers.kl_anchor.on=task", HALF, OFF], "adapter_off", 0.0, "", 1.0, 0.5),
+        (["levers.kl_anchor.on=both", HALF, OFF], "adapter_off", 0.0, "", 1.0, 0.5),
+        ([HALF, OFF, "train.activation_checkpointing=true"], "adapter_off", 0.0, "", 0.5, 0.5 / 3),
+        (
+            [HALF, "levers.kl_anchor.share=0.5"],
+            *("adapter_off", 0.0, "beside the model", 0.25, 0.125),
+        ),
         (
             [HALF, "levers.adapter=none", "levers.kl_anchor.reference_dtype=bfloat16"],
             *("frozen", 0.5, "beside the model", 0.5, 0.5 / 3),
@@ -206,8 +232,8 @@ def test_a_dry_run_prints_choice_reason_and_cost(
 ) -> None:
     command = ["train", "--model=tiny", "--data=lesson.jsonl", "--out=run", "--dry-run", *quick]
     said = " ".join(holdfast(*command).out.replace("│", " ").split())
-    assert "adapter_off: an adapter is trained" in said
-    assert "no second copy; one more forward pass over 50% of the tokens" in said
+    assert "remembered: the texts are known" in said
+    assert "of memory beside the model; each text once before training, about" in said
     assert not (here / "run").exists()
 
 

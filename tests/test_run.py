@@ -24,12 +24,14 @@ import tiny
 from holdfast import model as models
 from holdfast import run, trainer
 from holdfast.choice import FALL, GAIN
+from holdfast.data.example import Role
 from holdfast.errors import RequestError
 from holdfast.gate.readings import judge_run
 from holdfast.meters.canary import document
 from holdfast.prepare import Prepared, canary_documents, load, prepare, split_heldout
 from holdfast.recipe import Recipe, load_recipe
 from holdfast.reference.frozen import Frozen
+from holdfast.reference.remembered import Remembered
 
 STEPS = 6
 QUIET = Console(quiet=True)
@@ -595,15 +597,26 @@ def test_a_canary_that_the_base_writes_is_not_among_its_anchors(
 # ---- without an adapter
 
 
-def test_full_fine_tuning_is_held_to_a_frozen_copy(
-    inputs: Path, tmp_path: Path, noted: list[Prepared]
+@pytest.mark.parametrize("source", ["remembered", "frozen"])
+def test_full_fine_tuning_is_held_to_the_base(
+    inputs: Path, tmp_path: Path, noted: list[Prepared], source: str
 ) -> None:
     levers = recipe_of(inputs, tmp_path).levers.model_dump(mode="json")
-    run.train(recipe_of(inputs, tmp_path / "run", levers=levers | {"adapter": "none"}))
-    reference = noted[0].setup.reference
-    assert isinstance(reference, Frozen)
-    base = tiny.tiny("Llama")
-    assert models.hash_weights(reference.model) == models.hash_weights(base)
+    levers |= {"adapter": "none"}
+    levers["kl_anchor"] |= {"reference": source}
+    run.train(recipe_of(inputs, tmp_path / "run", levers=levers))
+    reference, base = noted[0].setup.reference, tiny.tiny("Llama")
+    if isinstance(reference, Frozen):
+        assert models.hash_weights(reference.model) == models.hash_weights(base)
+    else:
+        assert isinstance(reference, Remembered)
+        row = next(iter(noted[0].rows_of({Role.ANCHOR})))
+        ids, positions = torch.tensor([row]), torch.arange(len(row))[None]
+        there = positions < len(row) - 1
+        expected = models.hidden_states(base, ids, positions)[there].detach()
+        seen = reference.view(ids, positions, there).hidden_MH
+        torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
+    assert isinstance(reference, Frozen) is (source == "frozen")
     found = readings(tmp_path / "run")
     kl = [found[step, "loss", "kl_anchor/anchor", "train"] for step in range(1, STEPS + 1)]
     assert kl[0] < 1e-6 < kl[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -67,6 +68,9 @@ def assemble(
     set_seed(recipe.seed)  # the adapter's first weights are a random choice too
     setup.model = wrap(recipe, setup.model)
     models.head(setup.model)  # refuses an adapter on it before a step is taken
+    read_after = (*measure.canary, *measure.heldout)
+    sealed = [document.text.input_ids for document in read_after if document.split == "sealed"]
+    setup.texts = lambda roles: chain(prepared.rows_of(roles), sealed)
     for lever in levers:
         lever.prepare(setup)
     if isinstance(setup.reference, Cached):  # refuse now what would be refused at some later step

@@ -47,7 +47,7 @@ from holdfast.levers.kl_anchor import MOST, KlAnchor
 from holdfast.lineage import locate
 from holdfast.prepare import Prepared, load, prepare
 from holdfast.recipe import Recipe
-from holdfast.reference import frozen
+from holdfast.reference import frozen, remembered
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,21 +78,28 @@ class ReferencePlan:
     """Where the base's probabilities come from, and what that costs."""
 
     source: str
-    """adapter_off, frozen, cache or stage."""
+    """remembered, adapter_off, frozen, cache or stage."""
     why: str
     bytes: int
-    """Of a second copy (a stage is taken to be of the model's size), or of a cache on disk."""
+    """Of a second copy (a stage is taken to be of the model's size), of the remembered states (at
+    most), or of a cache on disk."""
     device: str
     """Where a second copy lies: beside the model, or what was asked for."""
     forward_share: float
-    """Share of the tokens that pass through the base as well; 0 with a cache."""
+    """Share of the tokens that pass through the base as well: in each step, or, where it remembers
+    them, of the whole run's before the first; 0 with a cache."""
     step_share: float
-    """Time of those passes beside the rest of the step, an estimate; see `_reference`."""
+    """Time of those passes beside the rest of the steps, an estimate; see `_reference`."""
 
     def lines(self) -> list[str]:
         """What is chosen and why, and its cost."""
         if self.source == "cache":
             cost = f"{_size(self.bytes)} on disk, memory-mapped; no second pass"
+        elif self.source == "remembered":
+            cost = (
+                f"at most {_size(self.bytes)} of memory beside the model; each text once before "
+                f"training, about {self.step_share:.0%} of the steps' time"
+            )
         else:
             copied = f"{_size(self.bytes)} {self.device}; " if self.bytes else "no second copy; "
             cost = (
@@ -295,8 +302,7 @@ def memory(recipe: Recipe, model: Any, max_length: int) -> dict[str, int]:
     buffers = (
         2 if anchor.weight and (anchor.cache is None or anchor.divergence.temperature != 1) else 1
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    chunk = 4 * vocabulary * min(tokens, chunk_rows(device, vocabulary, buffers))
+    chunk = 4 * vocabulary * min(tokens, chunk_rows(_home(), vocabulary, buffers))
     head = model.get_output_embeddings()
     head_gradient = 4 * vocabulary * size if head is not None and head.weight.requires_grad else 0
     return {
@@ -320,14 +326,21 @@ def _frozen(module: Any) -> bool:
 
 def _copied(recipe: Recipe, model: Any) -> int:
     """Bytes of a second copy; 0 where there is none."""
-    import torch
-
     anchor = recipe.levers.kl_anchor
     source, _ = anchor.source(hasattr(model, "disable_adapter"))
-    if not anchor.weight or source not in ("frozen", "stage"):
+    if not anchor.weight or source in ("adapter_off", "cache"):
         return 0
-    home = "cuda" if torch.cuda.is_available() else "cpu"
-    return frozen.size(models.causal_lm(model), anchor.reference_dtype, home)
+    if source == "remembered":  # of the base only the head, where the model's own will move
+        head = models.head(model)
+        return _bytes(head.weight_VH) if head.trained else 0
+    return frozen.size(models.causal_lm(model), anchor.reference_dtype, _home())
+
+
+def _home() -> str:
+    """Type of the device that will train."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _reference(recipe: Recipe, model: Any, prepared: Prepared) -> ReferencePlan | None:
@@ -335,14 +348,21 @@ def _reference(recipe: Recipe, model: Any, prepared: Prepared) -> ReferencePlan 
 
     Time is counted in forward passes over the step's tokens: one, backward through the activations
     one, through the weights another where all are trained, one more where activations are
-    recomputed. The base's pass over a share of the tokens is that share of one.
+    recomputed. The base's pass over a share of the tokens is that share of one. What it remembers
+    it reads once: the tokens of all steps, over the times that each stream is gone through.
     """
     anchor, adapter = recipe.levers.kl_anchor, hasattr(model, "disable_adapter")
     if not anchor.weight:
         return None
     source, why = anchor.source(adapter)
     held = _copied(recipe, model)
-    share = sum(s.share for s in prepared.streams if s.role in anchor.kl_roles()) * anchor.share
+    read = [stream for stream in prepared.streams if stream.role in anchor.kl_roles()]
+    share = sum(stream.share for stream in read) * anchor.share
+    if source == "remembered":
+        taken = {stream.name: stream for stream in _streams(prepared)}
+        once = sum(taken[one.name].tokens / max(1, taken[one.name].epochs or 1) for one in read)
+        share = once / sum(stream.tokens for stream in taken.values())
+        held = remembered.size(model, once, _home())
     if anchor.cache is not None:
         from holdfast.reference.cache import Manifest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from tiny_run import llama, shake, tiny_run, tokenizer
 
+from holdfast import model as models
 from holdfast.data.example import Role
 from holdfast.errors import RequestError
 from holdfast.levers import Setup, StepState, Term, TokenLosses
@@ -20,7 +22,9 @@ from holdfast.levers.adapter import Adapter
 from holdfast.levers.kl_anchor import KlAnchor
 from holdfast.meters import Reading
 from holdfast.objective import DenseBase
+from holdfast.reference.adapter_off import AdapterOff
 from holdfast.reference.frozen import Frozen
+from holdfast.reference.remembered import Remembered
 from holdfast.step import token_losses
 from holdfast.trainer import HoldfastTrainer
 
@@ -29,8 +33,10 @@ FEW = {"rows": 8, "max_new_tokens": 12}
 
 def anchored(folder: Path, method: str, **settings: Any) -> HoldfastTrainer:
     config = settings.pop("config", {})
+    known = settings.pop("known", False)
     anchor = KlAnchor(weight=2.0, self_generated=FEW, **settings)
-    return tiny_run([Adapter(method=method, r=2, config=config), anchor], folder, steps=1)
+    levers = [Adapter(method=method, r=2, config=config), anchor]
+    return tiny_run(levers, folder, steps=1, known=known)
 
 
 def terms(trainer: HoldfastTrainer) -> dict[str, Term]:
@@ -57,16 +63,18 @@ def test_at_zero_drift_it_neither_costs_nor_pulls(
     assert max(float(g.abs().max()) for g in gradients if g is not None) <= largest
 
 
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("method", ["lora", "none"])
 @pytest.mark.parametrize(
     ("on", "roles"),
     [("anchor", [Role.ANCHOR]), ("task", [Role.TASK]), ("both", [Role.TASK, Role.ANCHOR])],
 )
 def test_it_is_the_kl_of_the_base_at_the_positions_asked_for(
-    tmp_path: Path, method: str, on: str, roles: list[Role]
+    tmp_path: Path, method: str, on: str, roles: list[Role], known: bool
 ) -> None:
     """Against torch's kl_div over whole logits, the base being a model never touched."""
-    trainer = anchored(tmp_path, method, on=on)
+    trainer = anchored(tmp_path, method, on=on, known=known)
+    assert isinstance(trainer.reference, Remembered) is known
     shake(trainer.model)
     batch = trainer.train_dataset[0]
     seen = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
@@ -189,8 +197,11 @@ def test_on_the_lesson_alone_it_needs_no_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "adapter", "source", "why"),
     [
-        ({}, True, "adapter_off", "an adapter is trained"),
-        ({}, False, "frozen", "all weights are trained"),
+        ({}, True, "remembered", "the texts are known"),
+        ({}, False, "remembered", "the texts are known"),
+        ({"share": 0.5}, True, "adapter_off", "an adapter is trained"),
+        ({"share": 0.5}, False, "frozen", "all weights are trained"),
+        ({"share": 0.5, "reference": "remembered"}, False, "remembered", "asked for"),
         ({"cache": "here"}, True, "cache", "a cache is given"),
         ({"cache": "here", "reference": "cache"}, False, "cache", "a cache is given"),
         ({"reference": "frozen"}, True, "frozen", "asked for"),
@@ -217,6 +228,7 @@ def test_which_reference_is_chosen_and_why(
         ({"cache": "here", "reference": "frozen"}, "give one of them"),
         ({"cache": "here", "reference_dtype": "int8"}, "reference_dtype is for a second copy"),
         ({"reference": "adapter_off", "reference_device": "cpu"}, "is for a second copy"),
+        ({"reference": "remembered", "reference_dtype": "int8"}, "is for a second copy"),
         ({"task_weight": 2.0}, "task_weight is for on: both"),
         ({"on": "task", "task_weight": 2.0}, "task_weight is for on: both"),
         ({"on": "both", "task_weight": 0.0}, "greater than 0"),
@@ -267,6 +279,55 @@ def test_where_the_switch_is_not_the_base_auto_takes_a_copy_and_says_so(tmp_path
     assert "frozen: switching the trained adapter off changes" in made.notes["reference"]
     with pytest.raises(RequestError, match=r"'adapter_off' is not the base.*set it to frozen"):
         KlAnchor(reference="adapter_off").prepare(made)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "none"])
+def test_it_remembers_the_start_of_the_stage(tmp_path: Path, method: str) -> None:
+    """The hidden states of a model never touched; PiSSA's start is the base to rounding only."""
+    config = {"init_lora_weights": "pissa"} if method == "pissa" else {}
+    named = "none" if method == "none" else "lora"
+    made = setup(tmp_path, Adapter(method=named, r=2, config=config).wrap(llama()))
+    text = [5, 9, 11, 30, 2]
+    made.texts = lambda roles: [text] if roles == {Role.ANCHOR} else []
+    KlAnchor().prepare(made)
+    assert isinstance(made.reference, Remembered)
+    assert made.notes["reference"] == "remembered: the texts are known"
+    shake(made.model)
+    ids, positions = torch.tensor([text]), torch.arange(5)[None]
+    expected = models.hidden_states(llama(), ids, positions)[0, :-1]
+    seen = made.reference.view(ids, positions, torch.tensor([[True] * 4 + [False]]))
+    torch.testing.assert_close(seen.hidden_MH, expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "free", "said"),
+    [
+        ({}, 1000, r"hidden states are 0\.0 GiB, and a quarter of the 0\.0 GiB"),
+        ({"WORLD_SIZE": "2"}, 2**40, "several processes train"),
+    ],
+)
+def test_where_it_cannot_remember_auto_asks_a_live_base_and_says_why(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    free: int,
+    said: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("holdfast.reference.frozen.free_memory", lambda _device: free)
+    made = setup(tmp_path, Adapter(method="lora", r=2).wrap(llama()))
+    made.texts = lambda _roles: [[1, 2, 3]] * 40
+    KlAnchor().prepare(made)
+    assert isinstance(made.reference, AdapterOff)
+    assert re.search(rf"^adapter_off: an adapter is trained \(.*{said}", made.notes["reference"])
+    with pytest.raises(RequestError, match=rf"'remembered' cannot be: .*{said}.*leave it at auto"):
+        KlAnchor(reference="remembered").prepare(made)
+
+
+def test_what_is_not_known_beforehand_cannot_be_remembered(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="texts of the run are not known beforehand"):
+        KlAnchor(reference="remembered").prepare(setup(tmp_path, llama()))
 
 
 def test_a_copy_that_does_not_fit_is_refused_before_it_is_made(

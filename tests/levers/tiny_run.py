@@ -131,11 +131,13 @@ def tiny_run(
     seed: int = 0,
     streams: Sequence[Stream] = (),
     arguments: Mapping[str, Any] | None = None,
+    known: bool = False,
     **options: Any,
 ) -> HoldfastTrainer:
     """A trainer over the lesson, `streams`, and what the levers add; `options` go to it as given.
 
-    Rows that levers generate are kept in `folder`, and checkpoints under `folder/checkpoints`.
+    `known`: the levers may know all rows beforehand, as in a run of a recipe. Rows that levers
+    generate are kept in `folder`, and checkpoints under `folder/checkpoints`.
     """
     setup = Setup(model or llama(), tokenizer(), folder / "data", seed, max_length=24)
     setup.lesson_tokens = steps * batch_tokens
@@ -170,6 +172,13 @@ def tiny_run(
         options |= watched(setup)
     set_seed(seed)
     setup.model = wrapped(levers, setup.model)
+    if known:
+        setup.texts = lambda roles: (
+            list(stream.fetch(row)[0])
+            for stream in mixture.streams
+            if stream.role in roles
+            for row in range(len(stream.lengths))
+        )
     for lever in levers:
         lever.prepare(setup)
     for lever in levers:

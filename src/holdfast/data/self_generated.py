@@ -62,7 +62,7 @@ def generate_stream(
     file = f"{name}.json"
     others = [other / file for other in kept]
     examples = generate(model, tokenizer, keep=folder / file, kept=others, **settings)
-    return Stream.of(name, Role.ANCHOR, share, examples)
+    return Stream.of(name, Role.ANCHOR, share, examples, herded=True)
 
 
 def generate(

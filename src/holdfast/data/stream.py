@@ -1,6 +1,6 @@
 """A stream: rows of one kind, laid out as an endless line, epoch after epoch.
 
-The line is a pure function of (seed, the stream's name, its lengths): each epoch is a permutation
+The line is a pure function of (seed, the stream's name, its rows): each epoch is a permutation
 seeded by ``[seed, hash(name), epoch]``. Nothing but a cache of two epochs is held.
 """
 
@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.data.example import Example, Role
+from holdfast.data.herding import directions, herded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +39,9 @@ class Stream:
     """(n,) tokens in each row, all positive."""
     fetch: Callable[[int], tuple[Sequence[int], Sequence[bool]]]
     """Row number to its ``input_ids`` and ``loss_mask``."""
+    herded: bool = False
+    """Whether neighbours on the line are unlike one another (`herding`), so that each step has some
+    of every kind; else their order is random."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1 + 1e-9:  # normalised shares may round up
@@ -46,15 +50,23 @@ class Stream:
             raise ValueError(f"stream {self.name}: needs at least one row, and no empty row")
 
     @classmethod
-    def of(cls, name: str, role: Role, share: float, rows: Sequence[Example] | Dataset) -> Stream:
+    def of(
+        cls,
+        name: str,
+        role: Role,
+        share: float,
+        rows: Sequence[Example] | Dataset,
+        *,
+        herded: bool = False,
+    ) -> Stream:
         """A stream of examples in memory, or of a dataset made by `encode_all`."""
         if isinstance(rows, Sequence):
-            lengths = [len(example.input_ids) for example in rows]
-            return cls(name, role, share, np.array(lengths, np.int64), partial(_example, rows))
+            lengths = np.array([len(example.input_ids) for example in rows], np.int64)
+            return cls(name, role, share, lengths, partial(_example, rows), herded)
         import pyarrow.compute as pc
 
         sizes = pc.list_value_length(_arrow(rows, "input_ids")).to_numpy().astype(np.int64)
-        return cls(name, role, share, sizes, partial(_record, rows))
+        return cls(name, role, share, sizes, partial(_record, rows), herded)
 
     @property
     def tokens(self) -> int:
@@ -70,6 +82,10 @@ class Line:
         self.tokens = stream.tokens
         self._seed = (seed, _stable_hash(stream.name))
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    @cached_property
+    def _directions(self) -> NDArray[np.float64]:
+        return directions([self.stream.fetch(i)[0] for i in range(len(self.stream.lengths))])
 
     def rows_before(self, token: int) -> int:
         """How many rows begin before this token of the line."""
@@ -95,7 +111,11 @@ class Line:
         """Order (n,) of the rows in an epoch, and the offset (n,) at which each begins."""
         if epoch not in self._epochs:
             random = np.random.default_rng(np.random.SeedSequence([*self._seed, epoch]))
-            order = random.permutation(len(self.stream.lengths))
+            order = (
+                herded(self._directions, random)
+                if self.stream.herded
+                else random.permutation(len(self.stream.lengths))
+            )
             lengths = self.stream.lengths[order]
             self._epochs[epoch] = (order, np.cumsum(lengths) - lengths)
             while len(self._epochs) > _EPOCHS_KEPT:

@@ -27,7 +27,7 @@ is handed (plain JSON values), which is saved with each checkpoint, so resuming 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -77,6 +77,9 @@ class Setup:
     """Tokens of lesson text a whole run will read, epochs counted."""
     lesson: Sequence[Stream] = ()
     """The lesson's streams, once `prepare` is called."""
+    texts: Callable[[Collection[Role]], Iterable[Sequence[int]]] | None = None
+    """Token ids of every text that the base is asked about where rows of these roles are anchored,
+    by the steps and by the meters after them; None where that is not known beforehand."""
     reference: Reference | None = None
     """Where the base's hidden states come from; set by the lever that needs them."""
     notes: dict[str, Any] = field(default_factory=dict)

@@ -8,14 +8,15 @@ Estimator: exact at each position (a cache: on what it lists and on the rest as 
 rest without bias, from the tokens it drew); positions sampled with the rows. With `share` q below 1
 a step or a row has its KL with probability q, and it then counts 1 / q: the expected gradient is
 the same, its variance is not.
-Cost: generating the anchor rows once, and in each step one more forward pass over them, or reading
-a cache; times `share`. The base is the start of this stage: reference/ has a file for each place it
-comes from.
+Cost: generating the anchor rows once, and one more forward pass over each, or one whenever a row
+comes by (times `share`), or reading a cache. The base is the start of this stage: reference/ has a
+file for each place it comes from.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from holdfast.data.mixture import Stream
     from holdfast.reference import Reference
 
-Source = Literal["adapter_off", "frozen", "cache", "stage"]
-WORDS = ("auto", "adapter_off", "frozen", "cache")
+Source = Literal["remembered", "adapter_off", "frozen", "cache", "stage"]
+WORDS = ("auto", "remembered", "adapter_off", "frozen", "cache")
 ROWS = "self_generated"
 STEPS_A_UNIT = 75
 LEAST, MOST = 1.0, 20.0
@@ -43,6 +44,8 @@ LEAST, MOST = 1.0, 20.0
 kind where that is above 1 nat a token, within bounds. A heavier anchor keeps more and slows the
 lesson, so a run can afford the more of it the longer it is; and a lesson that cannot be known by
 heart pulls to the last step, by about as much as it leaves unknown (docs/defaults.md)."""
+ROOM = 0.25
+"""Part of the free memory that the base's remembered states may take."""
 COIN = 0xA5C0
 """Sets this lever's draws apart from others of the same seed."""
 
@@ -89,10 +92,11 @@ class KlAnchor(Lever):
     self_generated: SelfGenerated = SelfGenerated()
     """Anchor rows sampled from the base before training."""
     reference: str = "auto"
-    """Where the base's probabilities come from. adapter_off: the model with this stage's adapter
-    off. frozen: a second copy. cache: see `cache`. A path: another stage (the folder of a run, a
-    model or an adapter), loaded frozen. auto: the cache if one is given, else adapter_off where an
-    adapter is trained, else frozen."""
+    """Where the base's probabilities come from. remembered: its last hidden states at every text of
+    the run, taken once before the first step. adapter_off: the model with this stage's adapter off.
+    frozen: a second copy. cache: see `cache`. A path: another stage (the folder of a run, a model
+    or an adapter), loaded frozen. auto: the cache if one is given, else remembered; where that
+    cannot be, adapter_off if an adapter is trained, else frozen."""
     reference_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """What a second copy is held in. auto: bfloat16 on an accelerator, else as the model. int8: a
     byte a weight of the layers' matrices; its rounding is then part of the divergence."""
@@ -118,7 +122,7 @@ class KlAnchor(Lever):
             raise ValueError(
                 f"cache is given but reference is '{self.reference}'; give one of them"
             )
-        if self._copied_as and (self.cache or self.reference == "adapter_off"):
+        if self._copied_as and (self.cache or self.reference in ("adapter_off", "remembered")):
             raise ValueError(f"{self._copied_as} is for a second copy; give reference: frozen")
         if self.task_weight is not None and self.on != "both":
             raise ValueError(f"task_weight is for on: both, not {self.on}; give weight")
@@ -140,12 +144,18 @@ class KlAnchor(Lever):
         """Where the base's probabilities come from, and why, when an adapter is trained or not."""
         if self.cache is not None:
             return "cache", "a cache is given"
-        if self.reference in ("adapter_off", "frozen"):
+        if self.reference in ("remembered", "adapter_off", "frozen"):
             return self.reference, "asked for"  # type: ignore[return-value]
         if self.reference != "auto":
             return "stage", f"{self.reference} is asked for"
         if self._copied_as:
             return "frozen", f"{self._copied_as} asks for a second copy"
+        if self.share == 1:
+            return "remembered", "the texts are known"
+        return self._live(adapter)
+
+    def _live(self, adapter: bool) -> tuple[Source, str]:
+        """A base that is asked anew at every step, and why this one."""
         if adapter:
             return "adapter_off", "an adapter is trained"
         return "frozen", "all weights are trained"
@@ -195,7 +205,18 @@ class KlAnchor(Lever):
         """Take the base's view; see `reference`."""
         if self.weight == 0:
             return
-        source, why = self.source(hasattr(setup.model, "disable_adapter"))
+        adapter = hasattr(setup.model, "disable_adapter")
+        source, why = self.source(adapter)
+        if source == "remembered":
+            setup.reference, missing = self._remembered(setup)
+            if missing and self.reference == "remembered":
+                raise RequestError(
+                    f"levers.kl_anchor.reference: 'remembered' cannot be: {missing}; leave it at "
+                    "auto"
+                )
+            if missing:
+                source, why = self._live(adapter)
+                why = f"{why} ({missing})"
         if source == "adapter_off":
             from holdfast.reference.adapter_off import AdapterOff
 
@@ -211,6 +232,28 @@ class KlAnchor(Lever):
         if source in ("frozen", "stage"):
             setup.reference = self._second(source, setup)
         setup.notes["reference"] = f"{source}: {why}"
+
+    def _remembered(self, setup: Setup) -> tuple[Reference | None, str]:
+        """The model as it stands, before the first step; or what it takes that is not there."""
+        from holdfast.reference.frozen import free_memory
+        from holdfast.reference.remembered import Remembered, size
+
+        if setup.texts is None:
+            return None, "the texts of the run are not known beforehand"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            return None, "several processes train"
+        import torch
+
+        texts = list(setup.texts(self.kl_roles()))
+        home = setup.model.device.type
+        needed = size(setup.model, sum(map(len, texts)), home)
+        free = free_memory(torch.device("cpu"))
+        if needed > ROOM * free:
+            return None, (
+                f"the base's hidden states are {needed / 2**30:.1f} GiB, and a quarter of the "
+                f"{free / 2**30:.1f} GiB of free memory is what they may take"
+            )
+        return Remembered.of(setup.model, texts), ""
 
     def _second(self, source: Source, setup: Setup) -> Reference:
         """A second model."""

@@ -81,7 +81,9 @@ def mean_kls(model: Any, reference: Reference, texts: Sequence[Scored]) -> list[
     try:
         with torch.inference_mode():
             for batch in batches(texts, models.causal_lm(model).device):
-                base = reference.view(batch.ids_BW, batch.positions_BW, batch.scored_BW)
+                # the padding is no part of a text: a reference may know texts by their content
+                apart_BW = batch.positions_BW * batch.real_BW
+                base = reference.view(batch.ids_BW, apart_BW, batch.scored_BW)
                 hidden = models.hidden_states(model, batch.ids_BW, batch.positions_BW)
                 kl_N = batch.scored_BW.flatten()
                 _, kl_M = token_losses(

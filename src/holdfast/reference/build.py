@@ -30,9 +30,9 @@ from holdfast.reference.cache import (
     Identity,
     Manifest,
     describe,
-    key_of,
     pack_order,
 )
+from holdfast.reference.documents import batches, by_length, hidden_of, key_of
 from holdfast.reference.encoding import COLUMNS, Array, Settings, Stored, encode, frequent_first
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ PART_POSITIONS = 1 << 20
 """Positions of one file, about 20 MB: what an interrupted build loses at most."""
 BLOCK_POSITIONS = 1 << 14
 """Positions of one row group: what is read to get at one document."""
-BATCH_TOKENS = 8192
-"""Padded tokens of one forward pass."""
 CHUNK_BYTES = 64 * 2**20
 """Upper size of one chunk's fp32 logits."""
 COMPRESSION_LEVEL = 12
@@ -76,14 +74,13 @@ def build(
     Raises:
         RequestError: the folder holds parts of another cache.
     """
-    documents = {key_of(row): np.asarray(row, np.int32) for row in rows if len(row) > 1}
+    documents = by_length(rows)
     if not documents:
         raise RequestError("cache: there is no row to store; give data whose rows have a response")
-    by_length = sorted(documents, key=lambda key: (len(documents[key]), key))
     digest = hashlib.blake2b(b"".join(sorted(documents)), digest_size=16).hexdigest()
     positions = sum(len(row) - 1 for row in documents.values())
     manifest = Manifest(identity, settings, len(documents), positions, digest, shard, {})
-    parts = dict(_parts([documents[key] for key in by_length]))
+    parts = dict(_parts(list(documents.values())))
     mine = list(parts)[shard[0] - 1 :: shard[1]]
     with full_disk_named(folder / "part"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +216,7 @@ def _columns(
     """The order of the tokens, and the encoded columns of a part, document after document."""
     stored: list[Stored] = []
     done = 0
-    for batch in _batches(documents):
+    for batch in batches(documents):
         stored += store_batch(model, batch, settings)
         done += _positions(batch)
         progress(done)
@@ -230,49 +227,22 @@ def _columns(
     return order, encode(whole, order, settings)
 
 
-def _batches(documents: Sequence[Array]) -> Iterator[list[Array]]:
-    """Documents in order of length, as many as a forward pass takes."""
-    batch: list[Array] = []
-    for document in documents:
-        if batch and len(document) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(document)
-    if batch:
-        yield batch
-
-
 def store_batch(model: Any, documents: Sequence[Array], settings: Settings) -> list[Stored]:
     """The base's distributions over the documents, one `Stored` a chunk, in reading order."""
     import torch
 
-    width = max(map(len, documents))
-    ids_BW = torch.zeros(len(documents), width, dtype=torch.long)
-    inside_BW = torch.zeros_like(ids_BW, dtype=torch.bool)
-    for b, document in enumerate(documents):
-        ids_BW[b, : len(document)] = torch.from_numpy(document)
-        inside_BW[b, : len(document) - 1] = True
-    next_N = ids_BW.roll(-1, dims=1)[inside_BW].to(model.device)
-    positions_BW = torch.arange(width).expand_as(ids_BW)
+    hidden_NH = hidden_of(model, documents)
+    device = hidden_NH.device
+    next_N = torch.from_numpy(np.concatenate([document[1:] for document in documents]))
     start_N = torch.cat([torch.from_numpy(_uniform(document)) for document in documents])
-    start_N = start_N.to(model.device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            hidden_BWH = models.hidden_states(
-                model, ids_BW.to(model.device), positions_BW.to(model.device)
-            )
-            hidden_NH = hidden_BWH[inside_BW.to(model.device)]
-            head = models.head(model)
-            chunk = max(1, CHUNK_BYTES // (4 * head.weight_VH.shape[0]))
-            return [
-                store_chunk(hidden_NH[rows], head, next_N[rows], start_N[rows], settings)
-                for i in range(0, len(hidden_NH), chunk)
-                for rows in [slice(i, i + chunk)]
-            ]
-    finally:
-        model.train(training)
+    next_N, start_N, head = next_N.long().to(device), start_N.to(device), models.head(model)
+    chunk = max(1, CHUNK_BYTES // (4 * head.weight_VH.shape[0]))
+    with torch.no_grad():
+        return [
+            store_chunk(hidden_NH[rows], head, next_N[rows], start_N[rows], settings)
+            for i in range(0, len(hidden_NH), chunk)
+            for rows in [slice(i, i + chunk)]
+        ]
 
 
 def store_chunk(

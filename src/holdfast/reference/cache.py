@@ -18,7 +18,7 @@ import hashlib
 import json
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ import numpy as np
 
 from holdfast.errors import RequestError
 from holdfast.files import write_text
+from holdfast.reference.documents import key_of, packed
 from holdfast.reference.encoding import COLUMNS, Array, Read, Settings, decode
 
 if TYPE_CHECKING:
@@ -83,11 +84,6 @@ class Identity:
             for name, mine in asdict(self).items()
             if mine != (theirs := getattr(asked, name))
         ]
-
-
-def key_of(input_ids: Any) -> bytes:
-    """What a document is known by: blake2b-128 of its token ids as int32."""
-    return hashlib.blake2b(np.ascontiguousarray(input_ids, "<i4").data, digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -253,7 +249,7 @@ class Cached:
 
         found = [
             self.document(ids, wanted)
-            for ids, wanted in _documents(
+            for ids, wanted in packed(
                 input_ids_BW.cpu().numpy(), position_ids_BW.cpu().numpy(), kl_BW.cpu().numpy()
             )
         ]
@@ -401,17 +397,6 @@ def describe(path: Path) -> dict[str, Any]:
         blocks.append([start, length, zlib.crc32(content[start : start + length].data)])
     footer = sum(blocks[-1][:2])
     return {"bytes": size, "footer": [footer, zlib.crc32(content[footer:].data)], "blocks": blocks}
-
-
-def _documents(
-    ids_BW: Array, positions_BW: Array, wanted_BW: Array
-) -> Iterator[tuple[Array, Array]]:
-    """Tokens and wanted positions of each document with any, row by row."""
-    for ids, positions, wanted in zip(ids_BW, positions_BW, wanted_BW, strict=True):
-        starts = np.flatnonzero(positions == 0)
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            if wanted[start:end].any():
-                yield ids[start:end], wanted[start:end]
 
 
 def _lists(column: Any) -> tuple[Array, Array]:
