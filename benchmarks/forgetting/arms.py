@@ -25,6 +25,9 @@ CLASSIC = ["levers.budget.spike=0", "levers.budget.schedule=cosine"]
 PLAIN = ["levers.kl_anchor=none", "levers.adapter=none", *CLASSIC]
 ADAPTER = ["levers.kl_anchor=none", *CLASSIC]
 
+EARLIER_DEFAULT = ["levers.kl_anchor.self_generated.order=random", "levers.kl_anchor.weight=2"]
+"""What the default was before its anchor rows were herded and weighed by the base's loss."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -115,6 +118,7 @@ ARMS: dict[str, Arm] = {
             "levers.replay.sources=[{replay}]",
             "levers.replay.fraction=0.5",
             "levers.kl_anchor.self_generated.fraction=0",
+            "levers.kl_anchor.weight=2",
         ],
         extra=0.5,
     ),
@@ -136,7 +140,10 @@ ARMS: dict[str, Arm] = {
         note="replay 15 %, KL 0.05 on the lesson, LoRA r 16, alpha 32, cosine, clipping",
     ),
     "holdfast default": Arm(extra=0.5, staged=True),
-    "holdfast, cosine": Arm(["levers.budget.schedule=cosine"], extra=0.5, staged=True),
+    "holdfast, random order": Arm(EARLIER_DEFAULT, extra=0.5, staged=True),
+    "holdfast, cosine": Arm(
+        [*EARLIER_DEFAULT, "levers.budget.schedule=cosine"], extra=0.5, staged=True
+    ),
     "holdfast, budget 3 %": Arm(
         ["budget.forgetting=3%"],
         extra=0.5,

@@ -101,8 +101,8 @@ def cost_of(cell: Cell) -> list[Cell]:
 def _files(folder: Path, lesson: str, seed: int, watched: bool = False) -> dict[str, Path]:
     """The lab's files of a lesson, and `replay` without the domains that are left out.
 
-    `few` is a canary for runs that need not watch one, `watched` one for those that do: of other
-    texts than the one by which they are judged.
+    `few` is a canary for runs that need not watch one, of all domains; `watched` one for those that
+    do: of other texts than the one by which they are judged.
     """
     files = write_files(folder, lesson=lesson, seed=seed)
     lines = files["replay"].read_text(encoding="utf-8").splitlines(keepends=True)
@@ -112,7 +112,7 @@ def _files(folder: Path, lesson: str, seed: int, watched: bool = False) -> dict[
         encoding="utf-8",
     )
     canary = files["canary"].read_text(encoding="utf-8").splitlines(keepends=True)
-    few.write_text("".join(canary[:8]), encoding="utf-8")
+    few.write_text("".join(canary[:: len(canary) // 8][:8]), encoding="utf-8")
     found = files | {"all": files["replay"], "replay": kept, "few": few, "name": Path(lesson)}
     if watched:
         more, count = folder / "more", CANARIES + DOCUMENTS

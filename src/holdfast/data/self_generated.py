@@ -49,6 +49,7 @@ def generate_stream(
     *,
     name: str,
     share: float,
+    herded: bool,
     folder: Path,
     kept: Sequence[Path] = (),
     **settings: Any,
@@ -56,13 +57,14 @@ def generate_stream(
     """Anchor rows as a stream; for the settings see `generate`.
 
     Args:
+        herded: read them in an order in which each step has some of every kind.
         folder: the rows are kept there, under the stream's name.
         kept: other folders that may hold them already.
     """
     file = f"{name}.json"
     others = [other / file for other in kept]
     examples = generate(model, tokenizer, keep=folder / file, kept=others, **settings)
-    return Stream.of(name, Role.ANCHOR, share, examples, herded=True)
+    return Stream.of(name, Role.ANCHOR, share, examples, herded=herded)
 
 
 def generate(

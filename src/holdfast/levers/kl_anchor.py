@@ -41,9 +41,9 @@ ROWS = "self_generated"
 STEPS_A_UNIT = 75
 LEAST, MOST = 1.0, 20.0
 """The automatic weight: the run's steps / STEPS_A_UNIT, times the base's loss on text of its own
-kind where that is above 1 nat a token, within bounds. A heavier anchor keeps more and slows the
-lesson, so a run can afford the more of it the longer it is; and a lesson that cannot be known by
-heart pulls to the last step, by about as much as it leaves unknown (docs/defaults.md)."""
+kind in nats a token, within bounds. A heavier anchor keeps more and slows the lesson, so a run can
+afford the more of it the longer it is; and a lesson that cannot be known by heart pulls to the last
+step, by about as much as it leaves unknown (docs/defaults.md)."""
 ROOM = 0.25
 """Part of the free memory that the base's remembered states may take."""
 COIN = 0xA5C0
@@ -63,6 +63,8 @@ class SelfGenerated(Section):
     """Length of a row in tokens; shorter where the model ends or `max_length` cuts."""
     temperature: float = Field(default=1.0, gt=0.0)
     """1 samples the base's own distribution; anything else shifts it."""
+    order: Literal["herded", "random"] = "herded"
+    """In which they are read. herded: so that each step has some of every kind (`data/herding`)."""
     engine: Literal["auto", "holdfast", "vllm"] = "auto"
     """What samples. auto: vLLM on CUDA, where it is installed and agrees with the model."""
 
@@ -74,8 +76,7 @@ class KlAnchor(Lever):
 
     weight: Annotated[float, Field(ge=0.0)] | Literal["auto"] = "auto"
     """Weight of the mean KL (nats a token) beside the lesson's mean loss. auto: a 75th of the run's
-    steps, times the base's loss on the canary where that is above 1 nat, from 1 to 20. 0 turns it
-    off."""
+    steps, times the base's loss on the canary (nats a token), from 1 to 20. 0 turns it off."""
     task_weight: float | None = Field(default=None, gt=0.0)
     """Weight on the lesson's positions where `on` is both; empty: `weight`."""
     on: Literal["anchor", "task", "both"] = "anchor"
@@ -190,6 +191,7 @@ class KlAnchor(Lever):
             setup.tokenizer,
             name=ROWS,
             share=fraction,
+            herded=self.self_generated.order == "herded",
             rows=rows,
             max_new_tokens=length,
             temperature=self.self_generated.temperature,
@@ -292,7 +294,7 @@ class KlAnchor(Lever):
         """
         if self.weight != "auto":
             return self.weight
-        return min(max(steps / STEPS_A_UNIT * max(base_loss, 1.0), LEAST), MOST)
+        return min(max(steps / STEPS_A_UNIT * base_loss, LEAST), MOST)
 
     def _taken(self, state: StepState, *row: int) -> bool:
         """The coin of a step, or of a row in it: true with probability `share`."""
