@@ -247,3 +247,19 @@ def test_on_an_accelerator_work_is_in_bfloat16(accelerator: None, recipe: Asked)
     assert full.memory["weights"] == 4 * full.parameters
     assert full.memory["casts"] == 2 * full.parameters
     assert lora.memory["weights"] == 2 * full.parameters + 4 * lora.trainable
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train.steps=150"], "2 times the base's loss on the canary in nats; 1 to 20"),
+        (["train.steps=150", "levers.kl_anchor.weight=3"], "3 "),
+    ],
+)
+def test_a_dry_run_says_what_the_anchor_weighs(
+    words: list[str], said: str, here: Path, quick: list[str], holdfast: Any
+) -> None:
+    command = ["train", "--model=tiny", "--data=lesson.jsonl", "--out=run", "--dry-run", *quick]
+    printed = " ".join(holdfast(*command, *words).out.replace("│", " ").split())
+    assert f"anchor weight {said}" in printed
+    assert ("times the base's loss" in printed) is ("weight=3" not in words[-1])

@@ -26,7 +26,6 @@ layer, and one layer whole.
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -43,7 +42,7 @@ from holdfast.data.example import Example, Role
 from holdfast.data.stream import Stream
 from holdfast.errors import RequestError
 from holdfast.levers import Setup, wrapped
-from holdfast.levers.kl_anchor import MOST, KlAnchor
+from holdfast.levers.kl_anchor import LEAST, MOST, STEPS_A_UNIT, KlAnchor
 from holdfast.lineage import locate
 from holdfast.prepare import Prepared, load, prepare
 from holdfast.recipe import Recipe
@@ -121,9 +120,10 @@ class Plan:
     learning_rate: float
     """At its peak."""
     anchor_weight: float
-    """Of the mean KL beside the lesson's mean loss; 0: none. Where `anchor_scales`, the least."""
+    """Of the mean KL beside the lesson's mean loss; 0: none. Where `anchor_scales`, for each
+    nat of the base's loss on the canary, which is not known yet."""
     anchor_scales: bool
-    """Whether the weight is multiplied by the base's loss, which is not known yet."""
+    """Whether the weight is the automatic one, which that loss is a factor of."""
     batch_tokens: int
     """Tokens of one step, over all devices."""
     max_length: int
@@ -157,11 +157,9 @@ class Plan:
         table.add_row("one step", f"{self.batch_tokens:,} tokens in {passes}")
         table.add_row("learning rate", f"{self.learning_rate:.2g}")
         if self.anchor_weight:
-            times = ", times the base's loss on the canary above 1 nat; at most "
-            table.add_row(
-                "anchor weight",
-                f"{self.anchor_weight:.3g}{f'{times}{MOST:g}' if self.anchor_scales else ''}",
-            )
+            times = f" times the base's loss on the canary in nats; {LEAST:g} to {MOST:g}"
+            weight = f"{self.anchor_weight:.3g}{times if self.anchor_scales else ''}"
+            table.add_row("anchor weight", weight)
         table.add_row("longest row", f"{self.max_length:,} tokens", end_section=True)
         for stream in self.streams:
             table.add_row(stream.name, _stream_line(stream))
@@ -186,6 +184,7 @@ def plan(recipe: Recipe, console: Console | None = None) -> Plan:
     """
     recipe = settled(recipe)
     anchor = recipe.levers.kl_anchor
+    scales = anchor.weight == "auto"
     with tempfile.TemporaryDirectory() as folder:
         prepared = sketch(recipe, Path(folder), console or Console(quiet=True))
         try:
@@ -200,8 +199,8 @@ def plan(recipe: Recipe, console: Console | None = None) -> Plan:
             trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
             steps=prepared.steps,
             learning_rate=recipe.levers.budget.peak(model.config, not recipe.levers.adapter.off),
-            anchor_weight=(least := anchor.strength(prepared.steps)),
-            anchor_scales=least < anchor.strength(prepared.steps, math.inf),
+            anchor_weight=prepared.steps / STEPS_A_UNIT if scales else anchor.strength(0),
+            anchor_scales=scales,
             batch_tokens=prepared.mixture.batch_tokens,
             max_length=prepared.setup.max_length,
             micro_batches=prepared.mixture.micro_batches,

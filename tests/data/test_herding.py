@@ -34,13 +34,16 @@ def spread(rows: list[list[int]], order: np.ndarray, at_once: int = 6) -> float:
 
 
 @given(ROWS, st.integers(1, 9), st.integers(0, 5))
-def test_each_row_comes_once_whatever_the_pools(
-    rows: list[list[int]], pool: int, seed: int
+def test_each_row_comes_once_and_none_is_far_before_its_turn(
+    rows: list[list[int]], waiting: int, seed: int
 ) -> None:
+    """Among the first t are only rows that are among the first t + waiting - 1 of the line."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(herding, "POOL", pool)
+        patch.setattr(herding, "WAITING", waiting)
         order = herded(directions(rows), np.random.default_rng(seed))
     assert sorted(order.tolist()) == list(range(len(rows)))
+    turn = np.argsort(np.random.default_rng(seed).permutation(len(rows)))
+    assert all(turn[row] < place + waiting for place, row in enumerate(order))
 
 
 @given(ROWS)
@@ -51,15 +54,15 @@ def test_what_all_rows_have_in_common_is_no_direction(rows: list[list[int]]) -> 
     np.testing.assert_allclose(v_nK.sum(0), 0, atol=1e-6)
 
 
-def test_directions_keep_hellinger_distances() -> None:
-    """Of rows that differ in few directions, against the distances of all square roots."""
-    rows = [[0, 0, 1], [1, 1, 0], [2, 3], [0, 1, 2, 3], [3, 3, 3, 2]]
-    lengths = np.array([len(row) for row in rows])
-    roots = np.array([np.sqrt(np.bincount(row, minlength=4) / len(row)) for row in rows])
-    others = [[4, 5]] * 8  # two tokens that are one direction: of 6 one fewer is kept
-    y_nK = directions(rows + others)[:5] / lengths[:, None]
-    ours, theirs = (np.square(points[:, None] - points[None]).sum(-1) for points in (y_nK, roots))
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+def test_directions_are_those_of_the_square_roots_of_the_shares() -> None:
+    """The angles between rows, against those of all square roots less their mean."""
+    rows = [[0, 0, 1], [1, 1, 0], [2, 3], [0, 1, 2, 3], [3, 3, 3, 2], *[[4, 5]] * 8]
+    roots = np.array([np.sqrt(np.bincount(row, minlength=6) / len(row)) for row in rows])
+    apart = roots - roots.mean(0)
+    expected = apart / np.linalg.norm(apart, axis=1, keepdims=True)
+    expected -= expected.mean(0)
+    v_nK = directions(rows)  # two tokens are one direction, so of six none is lost
+    np.testing.assert_allclose(v_nK @ v_nK.T, expected @ expected.T, atol=1e-6)
 
 
 @settings(max_examples=20)
@@ -74,7 +77,7 @@ def test_any_few_rows_are_like_all(seed: int) -> None:
 
 def test_each_next_row_is_the_one_that_balances_best() -> None:
     """Against a loop over all that are left."""
-    v_nK = np.random.default_rng(1).normal(size=(12, 3))
+    v_nK = np.random.default_rng(1).normal(size=(12, 3))  # fewer than wait
     order = herded(v_nK, np.random.default_rng(2)).tolist()
     for place in range(1, 12):
         before = v_nK[order[:place]].sum(0)
