@@ -20,13 +20,13 @@ VALIDATION = 100
 LESSON = 512
 """Tokens of the lesson in a step."""
 
-CLASSIC = ["levers.budget.spike=0", "levers.budget.schedule=cosine"]
-"""The classic recipe's schedule and no spike rule, for what is not holdfast's."""
+CLASSIC = ["levers.budget.spike=0", "levers.budget.schedule=cosine", "train.order=random"]
+"""The classic recipe's schedule and order, and no spike rule, for what is not holdfast's."""
 PLAIN = ["levers.kl_anchor=none", "levers.adapter=none", *CLASSIC]
 ADAPTER = ["levers.kl_anchor=none", *CLASSIC]
 
-EARLIER_DEFAULT = ["levers.kl_anchor.self_generated.order=random", "levers.kl_anchor.weight=2"]
-"""What the default was before its anchor rows were herded and weighed by the base's loss."""
+UNHERDED = ["train.order=random", "levers.kl_anchor.weight=2"]
+"""The default before its rows were herded and its anchor weighed by the base's loss alone."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ ARMS: dict[str, Arm] = {
     "full": Arm(PLAIN),
     "full, low rate": Arm(PLAIN, times=0.1),
     "full, linear": Arm([*PLAIN, "levers.budget.schedule=linear"]),
+    "full, herded": Arm(
+        [*PLAIN, "levers.budget.schedule=linear", "train.order=herded"],
+        note="holdfast's order and schedule without its anchor",
+    ),
     "trl LoRA": Arm(
         peer="trl-lora", times=0.25, note="SFTTrainer, LoRA on all linear, r 16, alpha 32"
     ),
@@ -129,6 +133,7 @@ ARMS: dict[str, Arm] = {
             "levers.adapter.method=lora",
             "levers.adapter.target=all-linear",
             "levers.budget.schedule=cosine",
+            "train.order=random",
             "levers.replay.sources=[{replay}]",
             "levers.replay.fraction=0.15",
             "levers.replay.own_pretraining=true",
@@ -140,10 +145,8 @@ ARMS: dict[str, Arm] = {
         note="replay 15 %, KL 0.05 on the lesson, LoRA r 16, alpha 32, cosine, clipping",
     ),
     "holdfast default": Arm(extra=0.5, staged=True),
-    "holdfast, random order": Arm(EARLIER_DEFAULT, extra=0.5, staged=True),
-    "holdfast, cosine": Arm(
-        [*EARLIER_DEFAULT, "levers.budget.schedule=cosine"], extra=0.5, staged=True
-    ),
+    "holdfast, random order": Arm(UNHERDED, extra=0.5, staged=True),
+    "holdfast, cosine": Arm([*UNHERDED, "levers.budget.schedule=cosine"], extra=0.5, staged=True),
     "holdfast, budget 3 %": Arm(
         ["budget.forgetting=3%"],
         extra=0.5,

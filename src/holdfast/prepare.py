@@ -152,6 +152,7 @@ def prepare(
         micro_batches=accumulation * world,
         width=max_length,
         pad_token_id=tokenizer.pad_token_id,
+        order=recipe.train.order,
         packed=base.device.type == "meta" or keeps_documents_apart(base),
     )
     return Prepared(

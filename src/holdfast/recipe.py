@@ -73,6 +73,9 @@ class Train(Section):
     power of two that makes about 600 steps of the run, 512 to 16384."""
     micro_batch_tokens: int = Field(default=8192, ge=64)
     """Tokens of one forward pass on one device; below `batch_tokens` gradients accumulate."""
+    order: Literal["herded", "random"] = "herded"
+    """Of the rows within each stream. herded: each step has some of every kind, as their words say
+    (`data/herding.py`). Another order every epoch, by the seed."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; empty: a tenth of the run, at least 20 steps."""
     measure_every: int | None = Field(default=None, ge=1)

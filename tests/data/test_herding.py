@@ -40,15 +40,24 @@ def test_each_row_comes_once_and_none_is_far_before_its_turn(
     """Among the first t are only rows that are among the first t + waiting - 1 of the line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(herding, "WAITING", waiting)
-        order = herded(directions(rows), np.random.default_rng(seed))
+        order = herded(directions(len(rows), rows.__getitem__), np.random.default_rng(seed))
     assert sorted(order.tolist()) == list(range(len(rows)))
     turn = np.argsort(np.random.default_rng(seed).permutation(len(rows)))
     assert all(turn[row] < place + waiting for place, row in enumerate(order))
 
 
+def test_many_rows_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions of a sample that has all there is to differ in are those of all rows."""
+    rows = [[0, 1], [2, 3, 3], [4], [0, 5]] * 30
+    whole = directions(len(rows), rows.__getitem__)
+    monkeypatch.setattr(herding, "SAMPLE", 50)
+    parts = directions(len(rows), rows.__getitem__)
+    np.testing.assert_allclose(parts @ parts.T, whole @ whole.T, atol=1e-6)
+
+
 @given(ROWS)
 def test_what_all_rows_have_in_common_is_no_direction(rows: list[list[int]]) -> None:
-    v_nK = directions(rows)
+    v_nK = directions(len(rows), rows.__getitem__)
     assert v_nK.shape[0] == len(rows)
     assert v_nK.shape[1] <= herding.DIRECTIONS
     np.testing.assert_allclose(v_nK.sum(0), 0, atol=1e-6)
@@ -61,7 +70,9 @@ def test_directions_are_those_of_the_square_roots_of_the_shares() -> None:
     apart = roots - roots.mean(0)
     expected = apart / np.linalg.norm(apart, axis=1, keepdims=True)
     expected -= expected.mean(0)
-    v_nK = directions(rows)  # two tokens are one direction, so of six none is lost
+    v_nK = directions(
+        len(rows), rows.__getitem__
+    )  # two tokens are one direction, so of six none is lost
     np.testing.assert_allclose(v_nK @ v_nK.T, expected @ expected.T, atol=1e-6)
 
 
@@ -72,7 +83,7 @@ def test_any_few_rows_are_like_all(seed: int) -> None:
     rows = kinds(120, seed)
     random = np.random.default_rng(seed)
     by_chance = np.mean([spread(rows, random.permutation(120)) for _ in range(20)])
-    assert spread(rows, herded(directions(rows), random)) < by_chance / 3
+    assert spread(rows, herded(directions(len(rows), rows.__getitem__), random)) < by_chance / 3
 
 
 def test_each_next_row_is_the_one_that_balances_best() -> None:
@@ -88,12 +99,12 @@ def test_each_next_row_is_the_one_that_balances_best() -> None:
 def test_a_herded_stream_reads_each_epoch_in_another_order() -> None:
     rows = kinds(60)
     examples = [Example(row, [True] * len(row), "d") for row in rows]
-    line = Line(Stream.of("own", Role.ANCHOR, 1.0, examples, herded=True), seed=3)
-    plain = Line(Stream.of("own", Role.ANCHOR, 1.0, examples), seed=3)
+    line = Line(Stream.of("own", Role.ANCHOR, 1.0, examples), 3, "herded")
+    plain = Line(Stream.of("own", Role.ANCHOR, 1.0, examples), 3)
     epochs = [line.rows(60 * k, 60 * (k + 1)) for k in range(3)]
     assert all(sorted(epoch.tolist()) == list(range(60)) for epoch in epochs)
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
-    again = Line(Stream.of("own", Role.ANCHOR, 1.0, examples, herded=True), seed=3)
+    again = Line(Stream.of("own", Role.ANCHOR, 1.0, examples), 3, "herded")
     assert np.array_equal(again.rows(130, 170), line.rows(130, 170))
     by_chance = np.mean([spread(rows, plain.rows(60 * k, 60 * (k + 1))) for k in range(20)])
     assert np.mean([spread(rows, epoch) for epoch in epochs]) < by_chance / 2

@@ -148,7 +148,6 @@ def test_the_stream_holds_the_kept_rows(model: Any, tmp_path: Path) -> None:
         tiny.letters(),
         name="anchors",
         share=0.25,
-        herded=True,
         rows=5,
         max_new_tokens=8,
         temperature=1.0,
@@ -156,7 +155,7 @@ def test_the_stream_holds_the_kept_rows(model: Any, tmp_path: Path) -> None:
         folder=tmp_path,
     )
     kept = json.loads((tmp_path / "anchors.json").read_text())["rows"]
-    assert (stream.role, stream.share, stream.herded) == (Role.ANCHOR, 0.25, True)
+    assert (stream.role, stream.share) == (Role.ANCHOR, 0.25)
     assert [list(map(list, stream.fetch(i))) for i in range(5)] == kept
     assert stream.lengths.tolist() == [len(ids) for ids, _ in kept]
 

@@ -13,41 +13,63 @@ Shape suffixes: n rows, V tokens of the vocabulary that occur, K directions, w r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 DIRECTIONS = 16
+SAMPLE = 4096
+"""Rows that say which directions those are; and rows that are looked at at once."""
 WAITING = 64
 """Of 16 that wait, twice the variance of a step's mix is left; of all, a row's place goes with its
 length (docs/log.md)."""
 
 
-def directions(rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-    """The rows' v, (n, K); they sum to zero. K is 0 where the rows have nothing to differ in."""
-    from scipy.sparse import csr_array
+def directions(count: int, tokens: Callable[[int], Sequence[int]]) -> NDArray[np.float64]:
+    """The rows' v, (n, K); they sum to zero. K is 0 where the rows have nothing to differ in.
+
+    Args:
+        count: of the rows, n.
+        tokens: a row's number to its token ids, at least one.
+    """
     from scipy.sparse.linalg import svds
 
-    lengths = np.array([len(row) for row in rows])
-    _, tokens = np.unique(np.concatenate([np.asarray(row) for row in rows]), return_inverse=True)
-    row_of = np.repeat(np.arange(len(rows)), lengths)
-    counts_nV = csr_array((np.ones(len(tokens)), (row_of, tokens)))
-    counts_nV.sum_duplicates()
-    roots_nV = (counts_nV / lengths[:, None]).sqrt().tocsr()
-    K = min(DIRECTIONS, *(size - 1 for size in roots_nV.shape))
+    some = np.random.default_rng(0).permutation(count)[:SAMPLE]
+    sample = [np.asarray(tokens(int(row))) for row in some]
+    vocabulary_V = np.unique(np.concatenate(sample))
+    roots_sV = _roots(sample, vocabulary_V)
+    K = min(DIRECTIONS, *(size - 1 for size in roots_sV.shape))
     if K < 1:
-        return np.zeros((len(rows), 0))
-    _, _, main_KV = svds(roots_nV, k=K, v0=np.ones(min(roots_nV.shape)))
-    apart_nK = roots_nV @ main_KV.T
+        return np.zeros((count, 0))
+    _, _, main_KV = svds(roots_sV, k=K, v0=np.ones(min(roots_sV.shape)))
+    apart_nK = np.empty((count, K))
+    for first in range(0, count, SAMPLE):
+        part = range(first, min(first + SAMPLE, count))
+        apart_nK[part] = _roots([np.asarray(tokens(row)) for row in part], vocabulary_V) @ main_KV.T
     apart_nK -= apart_nK.mean(0)
-    length_n = np.linalg.norm(apart_nK, axis=1, keepdims=True)
-    v_nK = apart_nK / np.maximum(length_n, 1e-9)
+    v_nK = apart_nK / np.maximum(np.linalg.norm(apart_nK, axis=1, keepdims=True), 1e-9)
     return np.asarray(v_nK - v_nK.mean(0))
 
 
+def _roots(rows: Sequence[NDArray[Any]], vocabulary_V: NDArray[Any]) -> Any:
+    """Square roots of each token's share of each row, sparse (n, V)."""
+    from scipy.sparse import csr_array
+
+    lengths = np.array([len(row) for row in rows])
+    tokens, row_of = np.concatenate(rows), np.repeat(np.arange(len(rows)), lengths)
+    column = np.minimum(np.searchsorted(vocabulary_V, tokens), len(vocabulary_V) - 1)
+    known = vocabulary_V[column] == tokens
+    share = (1 / lengths)[row_of]
+    found = (share[known], (row_of[known], column[known]))
+    shares_nV = csr_array(found, shape=(len(rows), len(vocabulary_V)))
+    shares_nV.sum_duplicates()
+    return shares_nV.sqrt()
+
+
 def herded(v_nK: NDArray[np.float64], random: np.random.Generator) -> NDArray[np.int64]:
-    """A permutation of the rows; `random` says in which order they wait, the first one goes first."""
+    """A permutation of the rows; `random` says in which order they wait, and which goes first."""
     line = random.permutation(len(v_nK))
     waiting_w, line = line[:WAITING], line[WAITING:]
     order, sum_K = np.empty(len(v_nK), np.int64), np.zeros(v_nK.shape[1])

@@ -21,7 +21,7 @@ from typing import TypedDict
 
 from holdfast.data.example import Role
 from holdfast.data.packing import MicroBatch, PackedRow, collate, pack
-from holdfast.data.stream import Line, Stream
+from holdfast.data.stream import Line, Order, Stream
 
 __all__ = ["Budget", "Document", "Mixture", "Stream", "steps_for_epochs"]
 
@@ -53,6 +53,7 @@ class Mixture:
         micro_batches: parts a step is dealt into.
         width: positions in a packed row; no document is longer.
         pad_token_id: fills what is left of a row.
+        order: of the rows within each stream (`stream.Line`).
         packed: several documents to a row; False gives each a row of its own, for models that
             would let packed documents see each other (`packing.keeps_documents_apart`).
     """
@@ -67,6 +68,7 @@ class Mixture:
         micro_batches: int,
         width: int,
         pad_token_id: int,
+        order: Order = "random",
         packed: bool = True,
     ) -> None:
         names = [stream.name for stream in streams]
@@ -88,7 +90,7 @@ class Mixture:
         self.packed = packed
         self.schedule: list[tuple[int, float]] = []
         """From which step on the lesson's share is multiplied by what, in order."""
-        self._lines = [Line(stream, seed) for stream in streams]
+        self._lines = [Line(stream, seed, order) for stream in streams]
         self._dealt: tuple[int, list[list[list[Document]]]] = (-1, [])
 
     def __len__(self) -> int:

@@ -49,7 +49,6 @@ def generate_stream(
     *,
     name: str,
     share: float,
-    herded: bool,
     folder: Path,
     kept: Sequence[Path] = (),
     **settings: Any,
@@ -57,14 +56,13 @@ def generate_stream(
     """Anchor rows as a stream; for the settings see `generate`.
 
     Args:
-        herded: read them in an order in which each step has some of every kind.
         folder: the rows are kept there, under the stream's name.
         kept: other folders that may hold them already.
     """
     file = f"{name}.json"
     others = [other / file for other in kept]
     examples = generate(model, tokenizer, keep=folder / file, kept=others, **settings)
-    return Stream.of(name, Role.ANCHOR, share, examples, herded=herded)
+    return Stream.of(name, Role.ANCHOR, share, examples)
 
 
 def generate(

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from holdfast.data.herding import directions, herded
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Order = Literal["herded", "random"]
 _EPOCHS_KEPT = 2
 """Epoch orders held in memory for each stream: the one being read, and its neighbour."""
 
@@ -39,9 +40,6 @@ class Stream:
     """(n,) tokens in each row, all positive."""
     fetch: Callable[[int], tuple[Sequence[int], Sequence[bool]]]
     """Row number to its ``input_ids`` and ``loss_mask``."""
-    herded: bool = False
-    """Whether neighbours on the line are unlike one another (`herding`), so that each step has some
-    of every kind; else their order is random."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1 + 1e-9:  # normalised shares may round up
@@ -50,23 +48,15 @@ class Stream:
             raise ValueError(f"stream {self.name}: needs at least one row, and no empty row")
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        role: Role,
-        share: float,
-        rows: Sequence[Example] | Dataset,
-        *,
-        herded: bool = False,
-    ) -> Stream:
+    def of(cls, name: str, role: Role, share: float, rows: Sequence[Example] | Dataset) -> Stream:
         """A stream of examples in memory, or of a dataset made by `encode_all`."""
         if isinstance(rows, Sequence):
-            lengths = np.array([len(example.input_ids) for example in rows], np.int64)
-            return cls(name, role, share, lengths, partial(_example, rows), herded)
+            lengths = [len(example.input_ids) for example in rows]
+            return cls(name, role, share, np.array(lengths, np.int64), partial(_example, rows))
         import pyarrow.compute as pc
 
         sizes = pc.list_value_length(_arrow(rows, "input_ids")).to_numpy().astype(np.int64)
-        return cls(name, role, share, sizes, partial(_record, rows), herded)
+        return cls(name, role, share, sizes, partial(_record, rows))
 
     @property
     def tokens(self) -> int:
@@ -75,17 +65,22 @@ class Stream:
 
 
 class Line:
-    """A stream as an endless line of rows, cut anywhere in O(log n)."""
+    """A stream as an endless line of rows, cut anywhere in O(log n).
 
-    def __init__(self, stream: Stream, seed: int) -> None:
-        self.stream = stream
+    Args:
+        order: random, or herded: neighbours are unlike one another (`herding`), so that each step
+            has some of every kind.
+    """
+
+    def __init__(self, stream: Stream, seed: int, order: Order = "random") -> None:
+        self.stream, self.order = stream, order
         self.tokens = stream.tokens
         self._seed = (seed, _stable_hash(stream.name))
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     @cached_property
     def _directions(self) -> NDArray[np.float64]:
-        return directions([self.stream.fetch(i)[0] for i in range(len(self.stream.lengths))])
+        return directions(len(self.stream.lengths), lambda row: self.stream.fetch(row)[0])
 
     def rows_before(self, token: int) -> int:
         """How many rows begin before this token of the line."""
@@ -113,7 +108,7 @@ class Line:
             random = np.random.default_rng(np.random.SeedSequence([*self._seed, epoch]))
             order = (
                 herded(self._directions, random)
-                if self.stream.herded
+                if self.order == "herded"
                 else random.permutation(len(self.stream.lengths))
             )
             lengths = self.stream.lengths[order]

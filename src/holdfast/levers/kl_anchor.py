@@ -63,8 +63,6 @@ class SelfGenerated(Section):
     """Length of a row in tokens; shorter where the model ends or `max_length` cuts."""
     temperature: float = Field(default=1.0, gt=0.0)
     """1 samples the base's own distribution; anything else shifts it."""
-    order: Literal["herded", "random"] = "herded"
-    """In which they are read. herded: so that each step has some of every kind (`data/herding`)."""
     engine: Literal["auto", "holdfast", "vllm"] = "auto"
     """What samples. auto: vLLM on CUDA, where it is installed and agrees with the model."""
 
@@ -191,7 +189,6 @@ class KlAnchor(Lever):
             setup.tokenizer,
             name=ROWS,
             share=fraction,
-            herded=self.self_generated.order == "herded",
             rows=rows,
             max_new_tokens=length,
             temperature=self.self_generated.temperature,
