@@ -25,6 +25,7 @@ from holdfast import model as models
 from holdfast import run, trainer
 from holdfast.choice import FALL, GAIN
 from holdfast.data.example import Role
+from holdfast.data.stream import Line
 from holdfast.errors import RequestError
 from holdfast.gate.readings import judge_run
 from holdfast.meters.canary import document
@@ -516,6 +517,20 @@ def test_probes_are_read_while_training_where_that_is_asked(inputs: Path, tmp_pa
 def prepared_for(inputs: Path, folder: Path, **fields: Any) -> Prepared:
     recipe = recipe_of(inputs, folder / "run", **fields)
     return prepare(recipe, *load(recipe, QUIET), folder / "data", QUIET)
+
+
+def test_rows_are_herded_unless_a_random_order_is_asked_for(inputs: Path, tmp_path: Path) -> None:
+    """Every stream: by its line, made anew with the same seed."""
+    train = {"steps": STEPS, "batch_tokens": 128, "micro_batch_tokens": 64}
+    for order, more in (("herded", {}), ("random", {"order": "random"})):
+        prepared = prepared_for(inputs, tmp_path / order, train=train | more)
+        read = [prepared.mixture.rows_at(step) for step in range(3)]
+        for index, stream in enumerate(prepared.streams):
+            found = [row for step in read for one, row in step if one == index]
+            line = Line(stream, 0, order)  # type: ignore[arg-type]
+            assert found == line.rows(0, len(found)).tolist()
+            other = Line(stream, 0, "random" if order == "herded" else "herded")
+            assert line.rows(0, 40).tolist() != other.rows(0, 40).tolist()
 
 
 def test_held_out_rows_are_never_trained_on(inputs: Path, tmp_path: Path) -> None:
