@@ -1,4 +1,4 @@
-"""Seconds a step and peak memory: without an anchor, with a live or cached one, written plainly.
+"""Seconds a step and peak memory: no anchor, a live, cached or remembered one, written plainly.
 
     python benchmarks/step.py                     # the lab's base, then ../shared's, where it is
     python benchmarks/step.py --model PATH --text FILE.jsonl
@@ -55,6 +55,7 @@ from holdfast.reference.build import build
 from holdfast.reference.cache import Cached, Identity
 from holdfast.reference.encoding import Settings
 from holdfast.reference.frozen import Frozen
+from holdfast.reference.remembered import Remembered
 from holdfast.step import loss_terms, token_losses
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -64,12 +65,14 @@ QUARTER = {
     "rows, no anchor": None,
     "25 % live": "live",
     "25 % cached": "cached",
+    "25 % remembered": "remembered",
     "25 % plain": "plain",
 }
 ALL = {
     "lesson, no anchor": None,
     "all live": "live",
     "all cached": "cached",
+    "all remembered": "remembered",
     "all plain": "plain",
 }
 PARTS = ("forward", "base", "head", "backward", "optimizer")
@@ -142,7 +145,10 @@ class Case:
             cached = Cached.open(cache, Identity.of(base, self.tokenizer))
         self.model: Any = Adapter(method="none" if full else "lora").wrap(base).train()
         live = Frozen.copy_of if full else AdapterOff
-        self.reference: Any = cached or (live(self.model) if self.kind else None)
+        if self.kind == "remembered":
+            self.reference: Any = Remembered.of(self.model, rows)
+        else:
+            self.reference = cached or (live(self.model) if self.kind else None)
         on_lesson = name in ALL
         self.lever = KlAnchor(
             weight=10.0 if self.kind else 0.0, on="task" if on_lesson else "anchor"
@@ -325,14 +331,14 @@ def show(tuning: str, found: dict[str, dict[str, float]], peaks: dict[str, float
             cells = [f"{found[name][part]:.3f}" for part in ("step", *PARTS)]
             ratio = found[name]["step"] / found[first]["step"]
             cells.append(f"{ratio:.2f}")
-            if kind == "cached":
+            if kind in ("cached", "remembered"):
                 aims.append((f"{name}, time", ratio, CACHED))
             if name == "all live":
                 aims.append((f"{name}, time", ratio, ONE_PASS_MORE[tuning]))
             if peaks:
                 held = peaks[name] / peaks[first]
                 cells += [f"{peaks[name]:.0f}", f"{held:.2f}"]
-                if kind in ("cached", "live"):
+                if kind in ("cached", "remembered", "live"):
                     aims.append((f"{name}, peak memory", held, MEMORY))
             table.add_row(name, *cells)
         table.add_section()
