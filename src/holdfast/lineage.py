@@ -65,10 +65,10 @@ class Stage:
         before = recipe.get("levers", {}).get("replay", {}).get("earlier", {})
         return [*recipe.get("data", {}).get("sources", []), *before.get("sources", [])]
 
-    def canary(self) -> list[dict[str, Any]]:
-        """Sources of the canary that a run was read by, those whose file is still there."""
+    def canary(self, there: bool = True) -> list[dict[str, Any]]:
+        """Sources of the canary that a run was read by: those whose file is there, or is not."""
         sources: list[dict[str, Any]] = self.recipe().get("canary", {}).get("sources", [])
-        return [one for one in sources if not gone(one["path"])]
+        return [one for one in sources if gone(one["path"]) is not there]
 
 
 def locate(path: str, revision: str | None = None, *, field: str = "model.path") -> Stage:

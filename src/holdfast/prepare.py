@@ -186,9 +186,16 @@ def _tell_of_replay(
         line = f"holding what was taught before: {paths} ({replay.earlier.share:.0%} of the tokens)"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     sources = recipe.canary.sources
-    if sources and [one.model_dump(mode="json") for one in sources] == stage.canary():
+    if [one.model_dump(mode="json") for one in sources] == stage.canary():
         line = f"canary: that of the stage before: {', '.join(one.path for one in sources)}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if sources:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        lost = (
+            f"canary.sources: '{one['path']}', by which the stage before was read, is gone and is "
+            "not read now; put it back, or name another"
+            for one in stage.canary(there=False)
+        )
+        warn(lost, setup, console)
     domains = {
         row.domain or Path(source.path).stem
         for source in recipe.canary.sources

@@ -85,7 +85,7 @@ def test_what_is_not_judged_is_told(here: Path, stage: Callable[..., Recipe]) ->
 
 
 def test_the_canary_of_the_stage_before_goes_on_unless_another_is_named(
-    here: Path, finished_run: Path
+    here: Path, finished_run: Path, quick: list[str], holdfast: Callable[..., Any]
 ) -> None:
     shutil.copytree(finished_run, here / "one")
     text = write(here / "text.jsonl", {"text": "some old text", "domain": "old"})
@@ -103,6 +103,11 @@ def test_the_canary_of_the_stage_before_goes_on_unless_another_is_named(
     assert canary(canary={"sources": [other]}) == [other]
     (here / "text.jsonl").unlink()
     assert canary() == []
+    begun = ["train", "model=one", "data=lesson.jsonl", *quick]
+    found = holdfast(*begun, "out=two")
+    assert f"warning: canary.sources: '{text}', by which the stage before" in found.out, found.err
+    named = holdfast(*begun, "out=three", f"canary.sources=[{other}]")
+    assert "by which the stage before" not in named.out
 
 
 def test_the_gate_of_a_third_stage_judges_what_the_first_one_taught(
