@@ -72,7 +72,7 @@ def test_a_base_reference_that_points_at_the_tuned_model(
         def view(self, ids: Any, positions: Any, kl: Any) -> DenseBase:
             return DenseBase(hidden_at(self.model, ids, positions, kl), models.head(self.model))
 
-    monkeypatch.setattr(KlAnchor, "_second", lambda self, source, setup: Tuned(setup.model))
+    monkeypatch.setattr(KlAnchor, "_remembered", lambda self, setup: (Tuned(setup.model), ""))
     seen = lab_run(files, tmp_path / "run")
     assert seen.alarms.keys() == {"wiring/base_is_tuned"}
 

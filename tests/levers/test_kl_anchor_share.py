@@ -180,6 +180,7 @@ def test_the_plan_counts_a_share_of_the_passes(
     here: Path, quick: list[str], holdfast: Callable[..., Any]
 ) -> None:
     words = ["model=tiny", "data=lesson.jsonl", *quick, "--dry-run", "--json"]
+    words += ["levers.kl_anchor.reference=adapter_off"]
     plain, part = (
         json.loads(holdfast("train", *words, *more).out)["plan"]["reference"]
         for more in ([], ["levers.kl_anchor.share=0.2"])
