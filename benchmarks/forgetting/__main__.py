@@ -12,12 +12,13 @@ five learning rates on the validation seed; the one that forgets least of those 
 the best that full fine-tuning learned (`score.chosen`) is then run on the test seeds, once. Cells
 are JSON lines, written when done, and a cell that is there is not run again: a run may be stopped
 and continued at any time. What runs beside other cells says nothing of speed; `cost` therefore
-trains each arm once, alone.
+trains each arm alone.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -64,14 +65,19 @@ def run(
 
 
 @app.command()
-def cost(steps: int = STEPS // 2, costs: Path = COSTS) -> None:
-    """Train each arm once on new facts, alone, for its seconds and its memory."""
+def cost(
+    arm: Annotated[list[str] | None, typer.Option(help="Only arms that contain this.")] = None,
+    times: Annotated[int, typer.Option(help="Measurements of each; the median counts.")] = 1,
+    steps: int = STEPS // 2,
+    costs: Path = COSTS,
+) -> None:
+    """Train each arm on new facts, alone, for its seconds and its memory."""
 
     def left(done: list[Cell]) -> Iterator[Cell]:
-        there = {line["arm"] for line in done}
-        for arm in ARMS:
-            if arm not in there:
-                yield {"arm": arm, "lesson": "facts", "seed": 1, "rate": 1.0, "steps": steps}
+        there = Counter(line["arm"] for line in done)
+        for one in ARMS:
+            if there[one] < times and (not arm or any(part in one for part in arm)):
+                yield {"arm": one, "lesson": "facts", "seed": 1, "rate": 1.0, "steps": steps}
 
     fill(costs, left, cost_of, str, fresh=True)
 

@@ -36,8 +36,11 @@ def directions(count: int, tokens: Callable[[int], Sequence[int]]) -> NDArray[np
     """
     from scipy.sparse.linalg import svds
 
-    some = np.random.default_rng(0).permutation(count)[:SAMPLE]
-    sample = [np.asarray(tokens(int(row))) for row in some]
+    def read(some: NDArray[np.int64]) -> list[NDArray[Any]]:
+        return [np.asarray(tokens(int(row))) for row in some]
+
+    shuffled = np.random.default_rng(0).permutation(count)
+    sample = read(shuffled[:SAMPLE])
     vocabulary_V = np.unique(np.concatenate(sample))
     roots_sV = _roots(sample, vocabulary_V)
     K = min(DIRECTIONS, *(size - 1 for size in roots_sV.shape))
@@ -45,9 +48,10 @@ def directions(count: int, tokens: Callable[[int], Sequence[int]]) -> NDArray[np
         return np.zeros((count, 0))
     _, _, main_KV = svds(roots_sV, k=K, v0=np.ones(min(roots_sV.shape)))
     apart_nK = np.empty((count, K))
-    for first in range(0, count, SAMPLE):
-        part = range(first, min(first + SAMPLE, count))
-        apart_nK[part] = _roots([np.asarray(tokens(row)) for row in part], vocabulary_V) @ main_KV.T
+    apart_nK[shuffled[:SAMPLE]] = roots_sV @ main_KV.T
+    for first in range(SAMPLE, count, SAMPLE):
+        part = shuffled[first : first + SAMPLE]
+        apart_nK[part] = _roots(read(part), vocabulary_V) @ main_KV.T
     apart_nK -= apart_nK.mean(0)
     v_nK = apart_nK / np.maximum(np.linalg.norm(apart_nK, axis=1, keepdims=True), 1e-9)
     return np.asarray(v_nK - v_nK.mean(0))

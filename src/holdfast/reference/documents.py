@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from holdfast import model as models
+from holdfast.reference.encoding import Array
 
 if TYPE_CHECKING:
     import torch
 
-Array = NDArray[Any]
 BATCH_TOKENS = 8192
 """Padded tokens of one forward pass."""
 

@@ -30,15 +30,11 @@ class Remembered:
     Args:
         hidden_MH: on the CPU, document after document, at all positions but each one's last.
         starts: where a document's begin, by `key_of`.
-        head: of the base; it does not move.
-        model: whose base it is, for its device.
+        head: of the base, where the tuned model lies; it does not move.
     """
 
-    def __init__(
-        self, hidden_MH: torch.Tensor, starts: dict[bytes, int], head: Head, model: Any
-    ) -> None:
+    def __init__(self, hidden_MH: torch.Tensor, starts: dict[bytes, int], head: Head) -> None:
         self.hidden_MH, self._starts, self._head = hidden_MH, starts, head
-        self._device = models.causal_lm(model).device
 
     @classmethod
     def of(cls, model: Any, rows: Iterable[Sequence[int]]) -> Remembered:
@@ -60,7 +56,7 @@ class Remembered:
                     hidden_MH = torch.empty(sum(lengths), found_NH.shape[1], dtype=found_NH.dtype)
                 hidden_MH[filled : filled + len(found_NH)] = found_NH
                 filled += len(found_NH)
-        return cls(hidden_MH, starts, _still(models.head(model)), model)
+        return cls(hidden_MH, starts, _still(models.head(model)))
 
     def view(
         self, input_ids_BW: torch.Tensor, position_ids_BW: torch.Tensor, kl_BW: torch.Tensor
@@ -81,7 +77,8 @@ class Remembered:
             )
         ]
         chosen_M = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *places]))
-        return DenseBase(self.hidden_MH[chosen_M].to(self._device), self._head)
+        home = self._head.weight_VH.device
+        return DenseBase(self.hidden_MH[chosen_M].to(home), self._head)
 
 
 def size(model: Any, tokens: float, home: str) -> int:
