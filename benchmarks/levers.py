@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,7 @@ from cells import read
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE / "forgetting"))
 
-from score import FULL, learned_enough, point, tested  # noqa: E402
+from score import FULL, cost_over_full, learned_enough, point, tested  # noqa: E402
 
 ARMS = {
     "none: plain fine-tuning": FULL,
@@ -70,7 +71,7 @@ def main(
 ) -> None:
     """Print the table."""
     done = [c for c in read(cells) if c["lesson"] == lesson and "failed" not in c]
-    seconds = {line["arm"]: line["seconds"] for line in read(costs) if "failed" not in line}
+    measured = read(costs)
     table = Table(
         title=f"each lever alone, {lesson}: mean ± standard deviation over the test seeds"
     )
@@ -94,7 +95,7 @@ def main(
                 shown([one[key] for one in figures], "+")
                 for key in ("mean fall", "worst fall", "mean rise", "worst rise")
             ),
-            f"{seconds[arm] / seconds[FULL]:.2f}" if arm in seconds else "",
+            "" if np.isnan(time := cost_over_full(measured, arm, "seconds")) else f"{time:.2f}",
         )
     Console(width=150).print(table)
 

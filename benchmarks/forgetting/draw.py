@@ -13,6 +13,7 @@ from score import (
     EQUAL,
     FULL,
     REFERENCE,
+    cost_over_full,
     differs,
     forgotten,
     holm,
@@ -91,17 +92,8 @@ def write_page(cells: Sequence[Cell], costs: Sequence[Cell], out: Path) -> None:
     out.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _cost(costs: Sequence[Cell], arm: str, what: str) -> float:
-    """Over that of plain full fine-tuning, medians; nan where it was not measured."""
-    ours, full = (
-        np.median([line.get(what, np.nan) for line in costs if line["arm"] == one] or [np.nan])
-        for one in (arm, FULL)
-    )
-    return float(ours / full)
-
-
 def _costs(costs: Sequence[Cell], arm: str) -> str:
-    seconds, memory = (_cost(costs, arm, what) for what in ("seconds", "peak_mib"))
+    seconds, memory = (cost_over_full(costs, arm, what) for what in ("seconds", "peak_mib"))
     return "-" if np.isnan(seconds) else f"{seconds:.2f} / {memory:.2f}"
 
 
@@ -200,7 +192,7 @@ def _aims(cells: Sequence[Cell], costs: Sequence[Cell]) -> list[str]:
 def _time(cells: Sequence[Cell], costs: Sequence[Cell]) -> str:
     """The default's; of a sequence, whose second stage reads more, by the cells themselves."""
     if "+" not in cells[0]["lesson"]:
-        return f"{_cost(costs, OURS, 'seconds'):.2f}"
+        return f"{cost_over_full(costs, OURS, 'seconds'):.2f}"
     ours, full = ([c["seconds"] for c in tested(cells, arm)] for arm in (OURS, FULL))
     return f"{np.mean(ours) / np.mean(full):.2f}, wall time beside another job"
 

@@ -255,3 +255,12 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
         area += (g - right) * (ceiling - r)
         right = g
     return area / ((1 - floor) * ceiling)
+
+
+def cost_over_full(costs: Sequence[Cell], arm: str, what: str) -> float:
+    """What an arm takes over what full fine-tuning takes, medians; nan where it was not measured."""
+    ours, full = (
+        np.median([line.get(what, np.nan) for line in costs if line["arm"] == one] or [np.nan])
+        for one in (arm, FULL)
+    )
+    return float(ours / full)
