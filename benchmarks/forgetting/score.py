@@ -258,7 +258,7 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
 
 
 def cost_over_full(costs: Sequence[Cell], arm: str, what: str) -> float:
-    """What an arm takes over what full fine-tuning takes, medians; nan where it was not measured."""
+    """What an arm takes over what full fine-tuning does, medians; nan where it was not measured."""
     ours, full = (
         np.median([line.get(what, np.nan) for line in costs if line["arm"] == one] or [np.nan])
         for one in (arm, FULL)
