@@ -5,13 +5,12 @@
     python benchmarks/budget.py --table                 # what is there so far
 
 For each lesson and seed: a run for each budget; on the first seeds also a plain run (the default
-without a budget) and the best fixed setting. That one comes from a search which was there before,
-`benchmarks/forgetting scan`: eight settings of the anchor (weight, share of the tokens) at three
-rates or more on a seed of its own; of those whose worst rise was within the budget, the one that
-learned most. On the seeds here it counts whether it is within the budget or not. All see the same
-rows and as many of the lesson's tokens a step, as in docs/benchmark.md (a setting with more anchor
-rows reads more in all); plain and budget train at four times the automatic rate, which is what
-runs of 150 steps want on the lab.
+without a budget) and the best fixed setting. That one comes from `benchmarks/forgetting scan`, 16
+trials: eight settings of the anchor (weight, share of the tokens) at two rates on a seed of its
+own; of those whose worst rise was within the budget, the one that learned most. On the seeds here
+it counts whether it is within the budget or not. All see the same rows and as many of the lesson's
+tokens a step, as in docs/benchmark.md (a setting with more anchor rows reads more in all); plain
+and budget train at four times the automatic rate, which is what runs of 150 steps want on the lab.
 
 The three lines of the contract:
   kept      no guardrail's estimated rise on the sealed split is over its budget, in >= 95 % of runs

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from holdfast.dual import (
     BACK_LEAST,
     DRIFT,
+    ENDING,
     GAIN,
     LATE,
     RATE_LEAST,
@@ -151,14 +152,14 @@ def test_on_two_quadratic_losses_it_finds_an_anchor_that_keeps_the_budget(
     assert min(settled) >= SLACK - Z * 2 * max(noise, DRIFT * noise) - 0.05 or x == LOW
 
 
-@given(BUDGETS, st.floats(0, 1))
+@given(BUDGETS, st.floats(0, 1), st.floats(0, 1))
 def test_drawing_back_leaves_what_may_stand_and_never_takes_more_than_half(
-    worst: float, to_fall: float
+    worst: float, to_fall: float, to_come: float
 ) -> None:
-    """By the square law; and nothing while the rate is high."""
-    kept = drawn_back(worst, to_fall)
+    """By the square law; nothing while the rate is high, nor when no steps learn it again."""
+    kept = drawn_back(worst, to_fall, to_come)
     assert BACK_LEAST <= kept <= 1
-    if to_fall > LATE or worst <= 1 + REPAIRED * to_fall:
+    if to_fall > LATE or to_come < ENDING or worst <= 1 + REPAIRED * to_fall:
         assert kept == 1
     elif kept > BACK_LEAST:
         assert worst * kept**2 == pytest.approx(1 + REPAIRED * to_fall)

@@ -99,11 +99,11 @@ def scan(
     steps: int = STEPS,
     cells: Path = RESULTS / "anchor-scan.jsonl.gz",
 ) -> None:
-    """Weight and share of the anchor at four rates on the tuning seed; a line a cell."""
+    """Weight and share of the anchor at two rates on the tuning seed, 16 trials; a line a cell."""
 
     def left(done: list[Cell]) -> Iterator[Cell]:
         there = {(c["lesson"], c["arm"], c["rate"]) for c in done}
-        for lesson, rate, arm in product(LESSONS[:3], SCAN_RATES, (FULL, *SCAN)):
+        for rate, lesson, arm in product(SCAN_RATES, LESSONS[:3], (FULL, *SCAN)):
             if (lesson, arm, rate) not in there:
                 named = {"lesson": lesson, "arm": arm, "seed": VALIDATION}
                 yield named | {"rate": rate, "steps": steps}

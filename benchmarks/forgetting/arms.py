@@ -180,7 +180,7 @@ SCAN: dict[str, Arm] = {
     )
 }  # fmt: skip
 """What `scan` asks of the anchor: how heavy, and on how many tokens."""
-SCAN_RATES = (1.0, 2.0, 4.0, 8.0)
+SCAN_RATES = (4.0, 2.0)
 
 STAGES: dict[str, Arm] = {
     f"{share:.0%} for earlier lessons": Arm(

@@ -20,7 +20,9 @@ from 1/4 to 8 times the recipe's; then the lesson's share of the tokens, down to
 step size, down to half. Where nothing holds the base (`held`), it is the step size alone.
 And what the rate that is left cannot be trusted to repair is drawn back at once (`drawn_back`):
 from 0.45 of the peak rate down, where u > b = 1 + 2 rate / peak, all weights are drawn towards
-their @@
+where they started, to sqrt(b / u) of the way, since to second order a rise is its square. In the
+last tenth of the steps nothing is learned again, so what is over is left to the end, which reads
+every text (`overshoot.py`).
 Not more weight than that: Adam's steps are as long whatever the loss weighs, so what is nearly all
 anchor walks on the noise of a few anchor rows. Nor a smaller step: what was forgotten early is
 repaired by later steps, and small ones keep it.
@@ -55,6 +57,9 @@ DRIFT = 0.5
 LATE, REPAIRED = 0.45, 2.0
 """The part of its peak from which down a rate is not left to repair all by itself, and the budgets
 more, in the place of EARLY, that it is still left to repair (docs/log.md has the others tried)."""
+ENDING = 0.1
+"""Part of the steps that teaches nothing again: a check there, which has a part of the texts to go
+by, drew back, and then the end did (docs/log.md)."""
 BACK_LEAST = 0.5
 """No check draws the weights back by more."""
 WEIGHT_LEAST, WEIGHT_MOST, SHARE_LEAST, RATE_LEAST = 0.25, 8.0, 0.5, 0.5
@@ -127,15 +132,16 @@ def moved(x: float, worst: float, allowed: float = 1.0, held: bool = True) -> fl
     return min(max(x + GAIN * (over - under), low), high)
 
 
-def drawn_back(worst: float, to_fall: float) -> float:
+def drawn_back(worst: float, to_fall: float, to_come: float) -> float:
     """The part of the way from their start that the weights keep after a check; 1: all of it.
 
     Args:
         worst: upper estimate of the worst rise, in budgets.
         to_fall: what the learning rate has still to fall, as part of its peak.
+        to_come: steps still to come, as part of the run's.
     """
     most = 1 + REPAIRED * to_fall
-    if to_fall > LATE or worst <= most:
+    if to_fall > LATE or to_come < ENDING or worst <= most:
         return 1.0
     return max(math.sqrt(most / worst), BACK_LEAST)
 

@@ -341,6 +341,7 @@ class _LeverCallback(TrainerCallback):
                 step,
                 before=trainer.before,
                 to_fall=trainer.rate_to_fall(),
+                to_come=1 - step / state.max_steps,
                 held=any(name != "task" for name in terms),
             )
             for lever in trainer.levers:

@@ -170,6 +170,7 @@ def test_late_in_the_run_what_is_over_is_drawn_back_and_believed_to_be() -> None
         memory["moves"][-1] == "step 5: canary/old at 6.00 budgets, drawn back to 50.0% of the way"
     )
     assert check(lever, {}, risen(0.014), to_fall=0.25).drawn_back == 1
+    assert check(lever, {}, risen(0.06), to_fall=0.25, to_come=0.05).drawn_back == 1
 
 
 def test_the_trainer_draws_back_what_a_lever_says(tmp_path: Path) -> None:

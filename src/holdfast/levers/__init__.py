@@ -152,6 +152,8 @@ class ProbeContext:
     """The base's readings, with their items."""
     to_fall: float = 0.0
     """What the schedule's learning rate has still to fall, as part of its peak."""
+    to_come: float = 1.0
+    """Steps still to come, as part of the run's."""
     held: bool = False
     """Whether this step's loss had a term beside the lesson's."""
     drawn_back: float = 1.0

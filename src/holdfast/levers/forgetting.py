@@ -100,7 +100,7 @@ class Forgetting(Lever):
         most = allowed(ctx.to_fall)
         x, held = memory.get("x", 0.0), memory.get("held", False) or ctx.held
         memory["x"], memory["held"] = moved(x, worst, most, held), held
-        kept = drawn_back(worst, ctx.to_fall)
+        kept = drawn_back(worst, ctx.to_fall, ctx.to_come)
         ctx.drawn_back *= kept
         memory["levels"] = {name: list(astuple(one.scaled(kept))) for name, one in levels.items()}
         self._tell(ctx, memory, x, worst, most, culprit, kept)
