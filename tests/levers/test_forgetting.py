@@ -198,6 +198,22 @@ def test_the_trainer_draws_back_what_a_lever_says(tmp_path: Path) -> None:
         assert half[name].allclose(start + 0.5 * (whole[name] - start), atol=1e-7)
 
 
+def test_a_lever_is_told_what_is_still_to_come(tmp_path: Path) -> None:
+    """Of 8 steps, at each second one but the last, after which the whole model is read."""
+    seen = []
+
+    class Listen(Forgetting):
+        def after_probe(self, readings: Any, ctx: ProbeContext, memory: Memory) -> None:
+            seen.append((ctx.step, ctx.to_come, ctx.to_fall))
+
+    tiny_run([Listen()], tmp_path, steps=8, every=2, meters=[lambda step: []]).train()
+    assert [step for step, *_ in seen] == [2, 4, 6]
+    assert [to_come for _, to_come, _ in seen] == pytest.approx([0.75, 0.5, 0.25])
+    falls = [to_fall for *_, to_fall in seen]
+    assert falls == sorted(falls, reverse=True)
+    assert falls[-1] > 0
+
+
 def test_a_loss_that_is_no_number_is_over_every_budget() -> None:
     lever, memory = Forgetting(budget="1%"), Memory()
     check(lever, memory, risen(math.nan))
