@@ -65,7 +65,8 @@ class Settled:
         if self.worst > MOST:
             where += f" (no rise is estimated at more than {self.estimate:.2f})"
         if self.scale == 1:
-            return f"within the budget: {where} of it"
+            likely = "likely " if self.worst > MOST else ""
+            return f"{likely}within the budget: {where} of it"
         return f"drawn back to {self.scale:.1%} of the way, where {where} of its budget"
 
 
