@@ -102,6 +102,18 @@ def test_at_zero_drift_the_divergence_and_its_gradient_are_exactly_zero(problem:
         assert not head.weight_VH.grad.any()
 
 
+@pytest.mark.parametrize("width", [5, 7, 9])
+def test_rows_that_begin_off_an_allocation_are_summed_as_the_bases_are(width: int) -> None:
+    """The KL's positions come after one that has an NLL alone: 4 * width bytes in."""
+    hidden, weight = torch.randn(4, width), torch.randn(12, width)
+    kl = torch.arange(4) > 0
+    base = DenseBase(hidden[kl], Head(weight))
+    _, value = token_losses(
+        hidden, Head(weight), torch.arange(4), nll_N=~kl, kl_N=kl, base=base, divergence=FORWARD
+    )
+    assert not value.any()
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_choice_of_no_position_stays_attached_to_the_graph(trained: bool) -> None:
     hidden = torch.randn(5, 4, requires_grad=True)

@@ -156,8 +156,8 @@ class Pass:
         """Rows of each chunk and (rows, V) buffers for it: two where there is a KL, else one.
 
         One is enough for a sparse base whose divergence has the NLL's softmax. KL positions have
-        chunks of their own: the logits of both sides come from products of the same shape, so that
-        equal ones are equal to the last bit.
+        chunks of their own: the logits of both sides come from products of the same shape (and the
+        same alignment, see `logit_chunk`), so that equal ones are equal to the last bit.
         """
         weight_VH, positions = self.head.weight_VH, len(self.targets_P)
         count = 2 if self.kls and self.one_softmax is None else 1
@@ -273,6 +273,10 @@ class Pass:
         The gradients lie in the buffers, that of the KL over the tokens that the base knows; with
         `up` that of the weighted sum lies in the first, over all rows.
         """
+        if isinstance(self.base, DenseBase) and rows.kls:
+            # as the base's rows do, these begin where an allocation does: MKL sums unaligned rows
+            # in another order
+            hidden_CH = hidden_CH.clone()
         logits_CV = self.head(hidden_CH, buffers[0])
         if self.entropy is not None:
             self.entropy.look(logits_CV, rows)
