@@ -57,7 +57,10 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
     model = tiny.tiny(case.model, tie_word_embeddings=case.tied)
     base = tiny.save(folder / "base", model, tokenizer)
-    lesson = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}."} for n in range(40)]
+    # of several lengths: alike, each would have a row of its own that it fills
+    lesson = [
+        {"prompt": f"{n} + 1{' + 0' * (n % 4)} =", "completion": f" {n + 1}."} for n in range(40)
+    ]
     probe = {"id": "1", "probe": "sums", "kind": "nll", "prompt": "90 + 1 =", "target": " 91"}
     recipe = load_recipe(
         model=str(base),
@@ -154,9 +157,11 @@ def test_only_an_adapter_beside_the_base_was_trained(done: Done) -> None:
 
 
 def test_documents_are_packed_where_the_model_keeps_them_apart(done: Done) -> None:
-    assert done.prepared.mixture.packed is (done.case.model != "OPT")
-    most = max(len(row) for part in done.prepared.mixture._deal(0) for row in part)
-    assert (most > 1) is done.prepared.mixture.packed
+    mixture = done.prepared.mixture
+    assert mixture.packed is (done.case.model != "OPT")
+    steps = range(mixture.steps)
+    most = max(len(row) for step in steps for part in mixture._deal(step) for row in part)
+    assert (most > 1) is mixture.packed
 
 
 def test_fused_experts_get_adapters_that_move(done: Done) -> None:

@@ -66,6 +66,8 @@ def test_a_base_reference_that_points_at_the_tuned_model(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Tuned:
+        reads_rows = True
+
         def __init__(self, model: Any) -> None:
             self.model = model
 

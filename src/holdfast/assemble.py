@@ -73,6 +73,8 @@ def assemble(
     setup.texts = lambda roles: chain(prepared.rows_of(roles), sealed)
     for lever in levers:
         lever.prepare(setup)
+    reads_rows = setup.reference is not None and setup.reference.reads_rows
+    prepared.mixture.anchors_apart = reads_rows or recipe.levers.kl_anchor.share < 1
     if isinstance(setup.reference, Cached):  # refuse now what would be refused at some later step
         setup.reference.require(prepared.rows_of(recipe.levers.kl_anchor.kl_roles()))
     arguments: dict[str, Any] = {}

@@ -111,21 +111,22 @@ def test_a_share_does_not_reorder_another_stream(
 
 
 @settings(deadline=None, max_examples=40)
-@given(LENGTHS, WEIGHTS, st.integers(1, 5), st.booleans())
+@given(LENGTHS, WEIGHTS, st.integers(1, 5), st.booleans(), st.booleans())
 def test_nothing_is_lost_between_the_rows_and_the_tensors(
-    lengths: list[list[int]], weights: list[float], micro_batches: int, packed: bool
+    lengths: list[list[int]], weights: list[float], micro_batches: int, packed: bool, apart: bool
 ) -> None:
     shares = [w / sum(weights) for w in weights[: len(lengths)]]
     mixed = mixture(lengths, shares, micro_batches=micro_batches, packed=packed)
+    mixed.anchors_apart = apart
     for step in range(3):
         found = Counter[tuple[int, int]]()
         for m in range(micro_batches):
-            found += _documents_in(mixed[step * micro_batches + m], lengths, packed=packed)
+            found += _documents_in(mixed[step * micro_batches + m], lengths, packed, apart)
         assert found == Counter(mixed.rows_at(step))
 
 
 def _documents_in(
-    batch: Any, lengths: list[list[int]], *, packed: bool
+    batch: Any, lengths: list[list[int]], packed: bool, apart: bool
 ) -> Counter[tuple[int, int]]:
     """Read the documents back from a micro-batch, checking positions, targets and roles."""
     found = Counter[tuple[int, int]]()
@@ -142,12 +143,18 @@ def _documents_in(
             found[stream, row] += 1
             seen.add(ROLES[stream % 3])
             at += n
-        assert seen != ROLES
-        assert Role.ANCHOR not in seen or len(seen) == 1
+        assert not apart or Role.ANCHOR not in seen or len(seen) == 1
         assert packed or sum(position == 0 for position in positions[:at]) <= 1
         assert set(roles[at:]) <= {0}
         assert set(targets[at:]) <= {-100}
     return found
+
+
+@pytest.mark.parametrize(("apart", "shape"), [(True, (2, 8)), (False, (1, 8))])
+def test_anchors_share_rows_where_no_base_reads_theirs(apart: bool, shape: tuple[int, int]) -> None:
+    mixed = mixture([[4], [4], [4]], [0.5, 0.0, 0.5], batch_tokens=8, micro_batches=1)
+    mixed.anchors_apart = apart
+    assert mixed[0]["input_ids"].shape == shape
 
 
 @given(LENGTHS, WEIGHTS, st.integers(1, 4))

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from holdfast.data.example import Role
-from holdfast.data.packing import IGNORE, PackedRow, collate, keeps_documents_apart, pack
+from holdfast.data.packing import (
+    IGNORE,
+    PackedRow,
+    collate,
+    keeps_documents_apart,
+    pack,
+    pack_tight,
+)
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
@@ -71,6 +78,42 @@ def test_bins_are_those_of_first_fit_decreasing_written_plainly(lengths: list[in
         else:
             plain.append([item])
     assert pack(lengths, 20) == plain
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 40), max_size=20), min_size=1, max_size=2),
+    st.integers(40, 120),
+)
+def test_a_tight_packing_has_the_fewest_positions_of_all_widths(
+    groups: list[list[int]], width: int
+) -> None:
+    """Against every multiple of 8, one by one; a row is as wide as the widest, rounded up to 8."""
+
+    def positions(bins: list[list[list[int]]]) -> int:
+        rows = [
+            [lengths[i] for i in one]
+            for lengths, of in zip(groups, bins, strict=True)
+            for one in of
+        ]
+        return -(-max(map(sum, rows), default=0) // 8) * 8 * len(rows)
+
+    found = pack_tight(groups, width)
+    for lengths, bins in zip(groups, found, strict=True):
+        assert sorted(item for members in bins for item in members) == list(range(len(lengths)))
+        assert all(sum(lengths[item] for item in members) <= width for members in bins)
+    longest = max((n for lengths in groups for n in lengths), default=1)
+    widths = {min(w, width) for w in range(longest, width + 8) if w % 8 == 0}
+    every = [w * sum(len(pack(lengths, w)) for lengths in groups) for w in widths if w % 8 == 0]
+    assert positions(found) <= min(every, default=positions(found))
+    assert positions(found) <= positions([pack(lengths, width) for lengths in groups])
+
+
+def test_rows_are_narrow_where_that_leaves_nothing_over() -> None:
+    """26 documents of 20: 13 rows of 40 are full; at full width three rows of 256 are to two
+    thirds.
+    """
+    (bins,) = pack_tight([[20] * 26], 256)
+    assert [len(members) for members in bins] == [2] * 13
 
 
 @pytest.mark.parametrize("length", [0, 6])

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from holdfast.data.example import Role
-from holdfast.data.packing import MicroBatch, PackedRow, collate, pack
+from holdfast.data.packing import MicroBatch, PackedRow, collate, pack_tight
 from holdfast.data.stream import Line, Order, Stream
 
 __all__ = ["Budget", "Document", "Mixture", "Stream", "steps_for_epochs"]
@@ -90,6 +90,8 @@ class Mixture:
         self.packed = packed
         self.schedule: list[tuple[int, float]] = []
         """From which step on the lesson's share is multiplied by what, in order."""
+        self.anchors_apart = True
+        """Whether a row holds anchors alone or none: for what reads only those rows."""
         self._lines = [Line(stream, seed, order) for stream in streams]
         self._dealt: tuple[int, list[list[list[Document]]]] = (-1, [])
 
@@ -168,18 +170,26 @@ class Mixture:
         return line.tokens_before(line.rows_before(self._asked(line, step)))
 
     def _pack(self, documents: list[Document]) -> list[list[Document]]:
-        """Documents into rows; anchors apart, for only their rows go through the reference.
+        """Documents into rows.
 
         Rows are kept shorter than ``width`` if there would else be too few to go round.
         """
         lengths = [self._length(document) for document in documents]
         even = max(-(-sum(lengths) // self.micro_batches), *lengths, 1)
-        packed: list[list[Document]] = []
-        for anchors in (False, True):
-            some = [d for d in documents if (self._role(d) is Role.ANCHOR) is anchors]
-            bins = pack([self._length(document) for document in some], min(even, self.width))
-            packed += [[some[index] for index in members] for members in bins]
-        return packed
+        groups = [
+            [d for d in documents if (self._role(d) is Role.ANCHOR) is anchors]
+            for anchors in (False, True)
+        ]
+        if not self.anchors_apart:
+            groups = [documents]
+        packed = pack_tight(
+            [[self._length(d) for d in some] for some in groups], min(even, self.width)
+        )
+        return [
+            [some[index] for index in members]
+            for some, bins in zip(groups, packed, strict=True)
+            for members in bins
+        ]
 
     def _deal(self, step: int) -> list[list[list[Document]]]:
         """For each micro-batch of a step its rows, each a list of documents.

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 """The target where there is nothing to predict; torch's cross entropy skips it."""
+MULTIPLE = 8
+"""A row's width is a multiple of it, which products of half precision are faster for."""
+WIDTHS = 16
+"""How many widths are tried for the rows of a step."""
 
 
 class PackedRow(NamedTuple):
@@ -84,8 +88,31 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
     return bins
 
 
+def pack_tight(groups: Sequence[Sequence[int]], width: int) -> list[list[list[int]]]:
+    """Pack each group apart, at the one width at which all their rows have the fewest positions.
+
+    Rows of a batch are as wide as the widest: three rows for two and a bit cost a third more than
+    they hold, unless they are narrower. What is tried is `WIDTHS` multiples of `MULTIPLE` from the
+    longest item to ``width``; of equally good ones the narrowest, for attention's sake.
+
+    Returns:
+        For each group its bins, as of `pack`.
+    """
+    longest = max((length for lengths in groups for length in lengths), default=1)
+    first, last = (-(-end // MULTIPLE) for end in (longest, width))
+    step = max(1, -(-(last - first) // (WIDTHS - 1)))
+    best: tuple[int, list[list[list[int]]]] | None = None
+    for tried in (*range(first, last, step), last):
+        packed = [pack(lengths, min(tried * MULTIPLE, width)) for lengths in groups]
+        positions = tried * sum(map(len, packed))
+        if best is None or positions < best[0]:
+            best = positions, packed
+    assert best is not None
+    return best[1]
+
+
 def collate(
-    bins: Sequence[Sequence[PackedRow]], *, pad_token_id: int, multiple_of: int = 8
+    bins: Sequence[Sequence[PackedRow]], *, pad_token_id: int, multiple_of: int = MULTIPLE
 ) -> MicroBatch:
     """Lay each bin of documents end to end in one row of tensors.
 

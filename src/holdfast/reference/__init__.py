@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 class Reference(Protocol):
     """The start of this stage, as a function. It never takes a gradient."""
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether `view` passes rows that have a KL through a model: others are best kept apart."""
+        ...
+
     def view(
         self, input_ids_BW: torch.Tensor, position_ids_BW: torch.Tensor, kl_BW: torch.Tensor
     ) -> Base:

@@ -31,6 +31,8 @@ class AdapterOff:
             so, and what the reference ought to be is thereby not at hand.
     """
 
+    reads_rows = True
+
     def __init__(self, model: Any) -> None:
         self.model = model
         self._layers, trained = _switched(model)

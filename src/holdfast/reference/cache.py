@@ -197,6 +197,8 @@ class Part:
 class Cached:
     """Reference that reads the base's distribution from a folder; see the module's page."""
 
+    reads_rows = False
+
     def __init__(self, folder: Path, manifest: Manifest, tokenizer: Any = None) -> None:
         self.folder, self.manifest, self.tokenizer = folder, manifest, tokenizer
         self.parts = [Part(folder / name, record) for name, record in manifest.parts.items()]

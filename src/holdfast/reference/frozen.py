@@ -40,6 +40,8 @@ class Frozen:
         RequestError: there is no such device, or int8 is asked of a model with an adapter.
     """
 
+    reads_rows = True
+
     def __init__(
         self, model: Any, home: torch.device, dtype: Dtype = "auto", device: str | None = None
     ) -> None:

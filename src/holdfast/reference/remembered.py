@@ -33,6 +33,8 @@ class Remembered:
         head: of the base, where the tuned model lies; it does not move.
     """
 
+    reads_rows = False
+
     def __init__(self, hidden_MH: torch.Tensor, starts: dict[bytes, int], head: Head) -> None:
         self.hidden_MH, self._starts, self._head = hidden_MH, starts, head
 
