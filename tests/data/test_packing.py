@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from holdfast.data.packing import (
     IGNORE,
     PackedRow,
     collate,
+    deal_by_length,
     keeps_documents_apart,
     pack,
     pack_tight,
@@ -114,6 +117,23 @@ def test_rows_are_narrow_where_that_leaves_nothing_over() -> None:
     """
     (bins,) = pack_tight([[20] * 26], 256)
     assert [len(members) for members in bins] == [2] * 13
+
+
+@given(st.lists(st.integers(1, 30), max_size=6), st.integers(1, 3))
+def test_the_largest_padded_batch_is_as_small_as_can_be(lengths: list[int], parts: int) -> None:
+    """Against every way of dealing so few."""
+
+    def largest(dealt: Iterable[Sequence[int]]) -> int:
+        return max((len(part) * max(lengths[i] for i in part) for part in dealt if part), default=0)
+
+    found = deal_by_length(lengths, parts)
+    assert len(found) == parts
+    assert sorted(index for part in found for index in part) == list(range(len(lengths)))
+    every = (
+        [[i for i, at in enumerate(places) if at == part] for part in range(parts)]
+        for places in product(range(parts), repeat=len(lengths))
+    )
+    assert largest(found) == min(map(largest, every))
 
 
 @pytest.mark.parametrize("length", [0, 6])

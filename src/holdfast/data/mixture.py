@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from holdfast.data.example import Role
-from holdfast.data.packing import MicroBatch, PackedRow, collate, pack_tight
+from holdfast.data.packing import MicroBatch, PackedRow, collate, deal_by_length, pack_tight
 from holdfast.data.stream import Line, Order, Stream
 
 __all__ = ["Budget", "Document", "Mixture", "Stream", "steps_for_epochs"]
@@ -194,10 +194,14 @@ class Mixture:
     def _deal(self, step: int) -> list[list[list[Document]]]:
         """For each micro-batch of a step its rows, each a list of documents.
 
-        The fullest row goes first, each to the micro-batch that has the fewest tokens so far.
+        The fullest row goes first, each to the micro-batch that has the fewest tokens so far. Of
+        rows that hold one document, which are padded, those of like length go together.
         """
         documents = self.rows_at(step)
-        packed = self._pack(documents) if self.packed else [[document] for document in documents]
+        if not self.packed:
+            alike = deal_by_length([self._length(d) for d in documents], self.micro_batches)
+            return [[[documents[index]] for index in part] for part in alike]
+        packed = self._pack(documents)
         weight = [sum(self._length(document) for document in row) for row in packed]
         parts: list[list[list[Document]]] = [[] for _ in range(self.micro_batches)]
         load = [0] * self.micro_batches

@@ -15,6 +15,7 @@ right cannot reach back in any causal model.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -109,6 +110,31 @@ def pack_tight(groups: Sequence[Sequence[int]], width: int) -> list[list[list[in
             best = positions, packed
     assert best is not None
     return best[1]
+
+
+def deal_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Items, one to a row, for so many batches, each padded to its longest.
+
+    The batch with the most positions has as few as can be: items of like length go together, the
+    longest first, as many as the least limit allows that needs no more batches.
+
+    Returns:
+        For each batch the indices of its items; the last ones may have none.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+
+    def dealt(limit: int) -> list[list[int]]:
+        found, start = [], 0
+        while start < len(order):
+            end = start + limit // lengths[order[start]]
+            found.append(order[start:end])
+            start = end
+        return found
+
+    limits = range(max(lengths, default=0), max(lengths, default=0) * len(lengths) + 1)
+    enough = bisect_left(limits, True, key=lambda limit: len(dealt(limit)) <= parts)
+    found = dealt(limits[enough]) if lengths else []
+    return found + [[] for _ in range(parts - len(found))]
 
 
 def collate(
