@@ -87,7 +87,7 @@ def test_bins_are_those_of_first_fit_decreasing_written_plainly(lengths: list[in
     st.lists(st.lists(st.integers(1, 40), max_size=20), min_size=1, max_size=2),
     st.integers(40, 120),
 )
-def test_a_tight_packing_has_the_fewest_positions_of_all_widths(
+def test_a_tight_packing_leaves_a_fiftieth_over_or_has_the_fewest_positions_of_all_widths(
     groups: list[list[int]], width: int
 ) -> None:
     """Against every multiple of 8, one by one; a row is as wide as the widest, rounded up to 8."""
@@ -107,7 +107,8 @@ def test_a_tight_packing_has_the_fewest_positions_of_all_widths(
     longest = max((n for lengths in groups for n in lengths), default=1)
     widths = {min(w, width) for w in range(longest, width + 8) if w % 8 == 0}
     every = [w * sum(len(pack(lengths, w)) for lengths in groups) for w in widths if w % 8 == 0]
-    assert positions(found) <= min(every, default=positions(found))
+    spared = 1.02 * sum(map(sum, groups))
+    assert positions(found) <= max(spared, min(every, default=spared))
     assert positions(found) <= positions([pack(lengths, width) for lengths in groups])
 
 
