@@ -15,10 +15,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from holdfast.data.packing import MULTIPLE, deal_by_length, pack, pack_tight
+from holdfast.data.packing import MULTIPLE, by_length, deal_by_length, pack, pack_tight
 
 STEPS = 20
 WIDTH = 2048
+LIMIT = 8192
 CASES = {
     "lognormal, median 150": (5.0, 1.0),
     "lognormal, median 400": (6.0, 0.7),
@@ -37,11 +38,14 @@ def main() -> None:
             full, full_ms = timed(steps, lambda some: positions(some, pack(some, WIDTH)))
             tight, ms = timed(steps, lambda some: positions(some, pack_tight([some], WIDTH)[0]))
             print(f"{name:24}{tokens:14,}{full:12.2f}{tight:8.2f}{full_ms:8.1f}{ms:8.1f}")
-    print("\none document a row; positions for each token, and of the largest micro-batch\n")
-    print(f"{'lengths':24}{'parts':>6}{'by tokens':>20}{'by length':>20}")
+    print(
+        "\none document a row; positions for each token, and of the largest micro-batch; how many"
+    )
+    print(f"micro-batches a step needs for none to be larger than {LIMIT:,}\n")
+    print(f"{'lengths':24}{'parts':>6}{'by tokens':>20}{'by length':>20}{'needs':>8}")
     for name, of in CASES.items():
         for parts in (1, 4, 16):
-            steps = [lengths(random, *of, 4 * WIDTH * parts) for _ in range(STEPS)]
+            steps = [lengths(random, *of, LIMIT * parts) for _ in range(STEPS)]
             dealt = [(by_tokens(some, parts), deal_by_length(some, parts)) for some in steps]
             line = f"{name:24}{parts:6}"
             for way in (0, 1):
@@ -51,7 +55,7 @@ def main() -> None:
                 ]
                 each = sum(map(sum, areas)) / sum(map(sum, steps))
                 line += f"{each:8.2f}{max(map(max, areas)):12,}"
-            print(line)
+            print(f"{line}{max(len(by_length(some, LIMIT)) for some in steps):8}")
 
 
 def lengths(random: np.random.Generator, mean: float, spread: float, tokens: int) -> list[int]:

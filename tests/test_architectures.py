@@ -162,6 +162,10 @@ def test_documents_are_packed_where_the_model_keeps_them_apart(done: Done) -> No
     steps = range(mixture.steps)
     most = max(len(row) for step in steps for part in mixture._deal(step) for row in part)
     assert (most > 1) is mixture.packed
+    if not mixture.packed:  # padding counts as tokens of a forward pass
+        parts = range(len(mixture))
+        assert all(mixture[part]["input_ids"].numel() <= 64 for part in parts)
+        assert done.prepared.accumulation == mixture.micro_batches > 2
 
 
 def test_fused_experts_get_adapters_that_move(done: Done) -> None:

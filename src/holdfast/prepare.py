@@ -155,6 +155,10 @@ def prepare(
         order=recipe.train.order,
         packed=base.device.type == "meta" or keeps_documents_apart(base),
     )
+    if not mixture.packed:  # what pads a row takes memory, too
+        needed = mixture.padded_parts(recipe.train.micro_batch_tokens)
+        accumulation = max(accumulation, math.ceil(needed / world))
+        mixture.micro_batches = accumulation * world
     return Prepared(
         recipe,
         tokenizer,

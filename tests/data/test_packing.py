@@ -16,6 +16,7 @@ from holdfast.data.example import Role
 from holdfast.data.packing import (
     IGNORE,
     PackedRow,
+    by_length,
     collate,
     deal_by_length,
     keeps_documents_apart,
@@ -120,12 +121,26 @@ def test_rows_are_narrow_where_that_leaves_nothing_over() -> None:
     assert [len(members) for members in bins] == [2] * 13
 
 
+@given(st.lists(st.integers(1, 30), max_size=9), st.integers(32, 100))
+def test_no_padded_batch_is_larger_than_the_limit(lengths: list[int], limit: int) -> None:
+    batches = by_length(lengths, limit)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        rows = [[PackedRow([1] * lengths[i], [True] * lengths[i], Role.TASK)] for i in batch]
+        assert collate(rows, pad_token_id=0)["input_ids"].numel() <= limit
+
+
+def test_a_row_longer_than_the_limit_is_alone() -> None:
+    assert by_length([9, 40, 8], 32) == [[1], [0, 2]]
+
+
 @given(st.lists(st.integers(1, 30), max_size=6), st.integers(1, 3))
 def test_the_largest_padded_batch_is_as_small_as_can_be(lengths: list[int], parts: int) -> None:
     """Against every way of dealing so few."""
 
     def largest(dealt: Iterable[Sequence[int]]) -> int:
-        return max((len(part) * max(lengths[i] for i in part) for part in dealt if part), default=0)
+        padded = [[-(-lengths[i] // 8) * 8 for i in part] for part in dealt if part]
+        return max((len(part) * max(part) for part in padded), default=0)
 
     found = deal_by_length(lengths, parts)
     assert len(found) == parts

@@ -20,13 +20,22 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from holdfast.data.example import Role
-from holdfast.data.packing import MicroBatch, PackedRow, collate, deal_by_length, pack_tight
+from holdfast.data.packing import (
+    MicroBatch,
+    PackedRow,
+    by_length,
+    collate,
+    deal_by_length,
+    pack_tight,
+)
 from holdfast.data.stream import Line, Order, Stream
 
 __all__ = ["Budget", "Document", "Mixture", "Stream", "steps_for_epochs"]
 
 Document = tuple[int, int]
 """(index of the stream, row in the stream)."""
+SAMPLED = 64
+"""Steps that are looked at for how much padding there is."""
 
 
 class Budget(TypedDict):
@@ -129,6 +138,15 @@ class Mixture:
             first, last = (line.rows_before(self._asked(line, s)) for s in (step, step + 1))
             found += [(index, int(row)) for row in line.rows(first, last)]
         return found
+
+    def padded_parts(self, limit: int) -> int:
+        """Micro-batches of a step that keep each within so many positions, one document a row.
+
+        As found in up to `SAMPLED` steps of the run.
+        """
+        steps = range(0, self.steps, -(-self.steps // SAMPLED))
+        rows = ([self._length(document) for document in self.rows_at(step)] for step in steps)
+        return max(len(by_length(lengths, limit)) for lengths in rows)
 
     def tokens_at(self, step: int) -> dict[str, int]:
         """Tokens of each stream in an optimizer step."""

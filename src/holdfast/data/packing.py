@@ -103,7 +103,7 @@ def pack_tight(groups: Sequence[Sequence[int]], width: int) -> list[list[list[in
         For each group its bins, as of `pack`.
     """
     longest = max((length for lengths in groups for length in lengths), default=1)
-    first, last = (-(-end // MULTIPLE) for end in (longest, width))
+    first, last = (_rounded(end) // MULTIPLE for end in (longest, width))
     enough = (1 + SPARE) * sum(map(sum, groups))
     best: tuple[int, list[list[list[int]]]] | None = None
     for tried in (last, *range(first, last, max(1, -(-(last - first) // WIDTHS)))):
@@ -117,29 +117,37 @@ def pack_tight(groups: Sequence[Sequence[int]], width: int) -> list[list[list[in
     return best[1]
 
 
-def deal_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Items, one to a row, for so many batches, each padded to its longest.
+def _rounded(length: int) -> int:
+    """Up to a multiple of `MULTIPLE`."""
+    return -(-length // MULTIPLE) * MULTIPLE
 
-    The batch with the most positions has as few as can be: items of like length go together, the
-    longest first, as many as the least limit allows that needs no more batches.
+
+def by_length(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Batches of items, one to a row and padded to the longest, of at most ``limit`` positions.
+
+    Lengths count rounded up to `MULTIPLE`. Items of like length go together, the longest first: no
+    dealing needs fewer batches. An item that is longer than the limit is alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches, start = [], 0
+    while start < len(order):
+        end = start + max(1, limit // _rounded(lengths[order[start]]))
+        batches.append(order[start:end])
+        start = end
+    return batches
+
+
+def deal_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """So many batches `by_length`, the largest of which has as few positions as can be.
 
     Returns:
         For each batch the indices of its items; the last ones may have none.
     """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-
-    def dealt(limit: int) -> list[list[int]]:
-        found, start = [], 0
-        while start < len(order):
-            end = start + limit // lengths[order[start]]
-            found.append(order[start:end])
-            start = end
-        return found
-
-    limits = range(max(lengths, default=0), max(lengths, default=0) * len(lengths) + 1)
-    enough = bisect_left(limits, True, key=lambda limit: len(dealt(limit)) <= parts)
-    found = dealt(limits[enough]) if lengths else []
-    return found + [[] for _ in range(parts - len(found))]
+    longest = _rounded(max(lengths, default=0))
+    limits = range(longest, longest * len(lengths) + 1)
+    enough = bisect_left(limits, True, key=lambda limit: len(by_length(lengths, limit)) <= parts)
+    batches = by_length(lengths, limits[enough]) if lengths else []
+    return batches + [[] for _ in range(parts - len(batches))]
 
 
 def collate(
