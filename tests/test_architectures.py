@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ CASES = [
     Case("Qwen3", tied=True, pad=False, chat=True),
     Case("Mixtral", tied=False, pad=True, chat=False),
     Case("Mixtral", tied=True, pad=False, chat=True),
+    Case("Glm4Moe", tied=False, pad=True, chat=False),
     Case("OPT", tied=True, pad=True, chat=False),
 ]
 
@@ -168,17 +170,22 @@ def test_documents_are_packed_where_the_model_keeps_them_apart(done: Done) -> No
         assert done.prepared.accumulation == mixture.micro_batches > 2
 
 
-def test_fused_experts_get_adapters_that_move(done: Done) -> None:
-    if done.case.model != "Mixtral":
-        names = {n for n, _ in done.prepared.setup.model.named_parameters()}
-        assert not any("experts" in name for name in names)
+def test_fused_experts_and_what_lies_beside_them_get_adapters_that_move(done: Done) -> None:
+    beside = ["down_proj.weight", "gate_proj.weight", "up_proj.weight"]
+    adapted = {
+        "Mixtral": ["down_proj", "gate_up_proj"] * 2,
+        # a dense block; experts and those that every token passes
+        "Glm4Moe": ["down_proj", "gate_up_proj", *beside * 2],
+    }.get(done.case.model)
+    names = {n for n, _ in done.prepared.setup.model.named_parameters()}
+    assert any("experts" in name for name in names) is (adapted is not None)
+    if adapted is None:
         return
     config = json.loads((done.run / "adapter" / "adapter_config.json").read_text())
-    assert sorted(name.rsplit(".", 1)[1] for name in config["target_parameters"]) == [
-        "down_proj", "down_proj", "gate_up_proj", "gate_up_proj",
-    ]  # fmt: skip
+    last = [re.search(r"\w+(\.weight)?$", name) for name in config["target_parameters"]]
+    assert sorted(found[0] for found in last if found) == sorted(adapted)
     readings = [json.loads(line) for line in (done.run / "readings.jsonl").read_text().splitlines()]
     drift = {r["name"]: r["value"] for r in readings if r["meter"] == "drift" and r["step"] == 3}
-    layers = {name: value for name, value in drift.items() if "experts" in name}
-    assert len(layers) == 4
+    layers = {name: value for name, value in drift.items() if "mlp" in name}
+    assert len(layers) == len(adapted)
     assert all(0 < value < 1 for value in layers.values())

@@ -44,6 +44,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "Qwen2": GROUPED,
     "Qwen3": GROUPED | {"head_dim": 8},
     "Mixtral": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Glm4Moe": GROUPED
+    | {"head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    | {"first_k_dense_replace": 1},
     "Gemma2": GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0},
     "Cohere": GROUPED | {"logit_scale": 0.25},
     "Granite": GROUPED | {"logits_scaling": 3.0, "residual_multiplier": 0.5},

@@ -48,6 +48,12 @@ EXPERTS = {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
+    "Glm4Moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 0,
+    },
 }
 GATED = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
 SPLIT = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
@@ -63,6 +69,7 @@ MATRICES = {
     ),
     "Mixtral": (FUSED, SPLIT),
     "Qwen2Moe": (FUSED | SHARED, SPLIT),
+    "Glm4Moe": (FUSED | {name.replace("expert", "experts") for name in SHARED}, SPLIT),
 }
 """(MLP, attention) matrices of a layer, as transformers 5 names them; no head, no router."""
 

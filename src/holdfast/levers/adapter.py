@@ -320,6 +320,11 @@ class Adapter(Lever):
         modules, fused = _moving(modules, frozen), [name for name in fused if name not in frozen]
         if not modules and not fused:
             raise RequestError(NOTHING_LEFT)
+        if fused and not self.four_bit:
+            # beside fused experts peft 0.21 takes a gate_proj, up_proj or down_proj by name for the
+            # experts' own (those of shared experts and dense blocks, too); by weight it does not
+            fused += [f"{name}.weight" for name in modules if _in_mlp(name)]
+            modules = [name for name in modules if not _in_mlp(name)]
         return {"target_modules": modules} | ({"target_parameters": fused} if fused else {})
 
 
