@@ -37,7 +37,10 @@ def main(words: list[str]) -> int:
         out=str(args.out / "guard"),
     )
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(args.model),
+        # in what it is kept in, float16 perhaps, nothing would be learned on a CPU
+        AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        ),
         SFTConfig(
             output_dir=str(args.out / "checkpoints"),
             max_steps=args.steps,

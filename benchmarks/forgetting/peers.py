@@ -1,4 +1,8 @@
-"""Peers, each through its own package and as its documentation says."""
+"""Peers, each through its own package and as its documentation says.
+
+In float32, as holdfast trains on a CPU: transformers 5 loads a checkpoint in what it is kept in,
+and in the lab's float16 most gradients are 0 and sampling ends in NaN.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,12 @@ def asked(out: Path, rate: float, steps: int, seed: int) -> dict[str, Any]:
     }
 
 
+def rows_a_step(rows: Any, tokenizer: Any) -> int:
+    """So many have `LESSON` tokens together, on average."""
+    lengths = [len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows]
+    return max(1, round(LESSON * len(lengths) / sum(lengths)))
+
+
 def trl_lora(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: int) -> str:
     """`trl.SFTTrainer` with a LoRA on all linear layers; the folder of the merged model."""
     from datasets import load_dataset
@@ -34,10 +44,8 @@ def trl_lora(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: 
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = load_dataset("json", data_files=str(lesson), split="train")
-    lengths = [len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows]
-    batch = max(1, round(LESSON * len(lengths) / sum(lengths)))
     config = SFTConfig(
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=rows_a_step(rows, tokenizer),
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 20),
         max_length=256,
@@ -47,7 +55,7 @@ def trl_lora(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: 
         **asked(out, rate, steps, seed),
     )
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(base),
+        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=config,
         train_dataset=rows,
         processing_class=tokenizer,
@@ -69,14 +77,16 @@ def trl_sdft(base: str, lesson: Path, out: Path, rate: float, steps: int, seed: 
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = load_dataset("json", data_files=str(lesson), split="train")
+    batch = rows_a_step(rows, tokenizer)
     rows = rows.rename_column("completion", "privileged_context")
     config: Any = SDFTConfig(
-        per_device_train_batch_size=8,
-        max_completion_length=32,
+        per_device_train_batch_size=batch,
+        num_generations=1,  # of its eight, so that a step has as many rows as the others'
+        max_completion_length=64,
         **asked(out, rate, steps, seed),
     )
     trainer = SDFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(base),
+        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=config,
         train_dataset=rows,
         processing_class=tokenizer,
