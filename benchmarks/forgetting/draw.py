@@ -65,6 +65,7 @@ def write_page(cells: Sequence[Cell], costs: Sequence[Cell], out: Path) -> None:
     """Write `out`, and a picture for each lesson beside it."""
     done = [cell for cell in cells if "failed" not in cell]
     steps = {cell["steps"] for cell in done}
+    measured = sorted({line["steps"] for line in costs})
     devices = []
     for name, count in Counter(c["device"] for c in done).items():
         hours = sum(c["seconds"] for c in done if c["device"] == name) / 3600
@@ -74,7 +75,7 @@ def write_page(cells: Sequence[Cell], costs: Sequence[Cell], out: Path) -> None:
         "",
         f"Made by `python benchmarks/forgetting run`, `... cost` and `... table`; {len(done)} "
         f"cells of {' or '.join(map(str, sorted(steps)))} steps ({'; '.join(devices)}). What is "
-        "not here yet, `run` fills in.",
+        f"not here yet, `run` fills in. Costs are of {' or '.join(map(str, measured))} steps.",
         "",
         INTRODUCTION,
     ]
@@ -118,33 +119,35 @@ def _table(cells: Sequence[Cell], costs: Sequence[Cell]) -> list[str]:
             continue
         mean, within = _mean(mine), interval(mine)
         learned, all_of_it = learned_enough(cells, arm), least_forgotten(cells, arm, ALL)
-        columns = [
-            f"{arm}{'' if learned else ' *'}",
-            f"{mine[0]['rate']:g}x",
-            *(
-                f"{mean[key]:.1%} [{within[key][0]:.1%}, {within[key][1]:.1%}]"
-                for key in ("gain", "worst rise", "mean rise", "worst fall")
-            ),
-            f"{np.mean([_again(cell) for cell in mine]):.1%}",
-            f"{forgotten(mean):.1%}",
-            f"{forgotten(point(all_of_it)):.1%}" if all_of_it else "-",
-            f"{mean['lost']:.1%} / {mean['won']:.1%}",
-            f"{mean['left out rise']:.1%} / {mean['replayed rise']:.1%}",
-            *([f"{mean['kept']:.0%}"] if "kept" in mean else []),
-            f"{np.mean([c['kl_new'] for c in mine]):.2f} / "
-            f"{np.mean([max(c['kl'].values()) for c in mine]):.3f}",
-            f"{_volume(cells, arm):.3f}",
-            _costs(costs, arm),
-            f"{adjusted[arm]:.3f}" if arm in adjusted else "",
-        ]
-        lines.append(((not learned, forgotten(mean)), f"| {' | '.join(columns)} |"))
-    heading = ["arm", "rate", "gain", "worst rise", "mean rise", "worst fall", "again", "forgotten"]
-    heading += [f"at {ALL:.0%}"]
-    heading += ["lost / won", "left out / replayed"]
-    heading += ["first stage kept"] if "+" in cells[0]["lesson"] else []
-    heading += ["KL lesson / old", "hypervolume", "time / memory", "p"]
-    ordered = [line for _, line in sorted(lines)]
-    return [f"| {' | '.join(heading)} |", "|" + "---|" * len(heading), *ordered]
+        line = {"arm": f"{arm}{'' if learned else ' *'}", "rate": f"{mine[0]['rate']:g}x"}
+        for key in ("gain", "worst rise", "mean rise", "worst fall"):
+            line[key] = f"{mean[key]:.1%} [{within[key][0]:.1%}, {within[key][1]:.1%}]"
+        line["again"] = f"{np.mean([_again(cell) for cell in mine]):.1%}"
+        line["forgotten"] = f"{forgotten(mean):.1%}"
+        line[f"at {ALL:.0%}"] = f"{forgotten(point(all_of_it)):.1%}" if all_of_it else "-"
+        line["lost / won"] = f"{mean['lost']:.1%} / {mean['won']:.1%}"
+        line["left out / replayed"] = f"{mean['left out rise']:.1%} / {mean['replayed rise']:.1%}"
+        if "kept" in mean:
+            line["first stage kept"] = f"{mean['kept']:.0%}"
+        new, old = ([c["kl_new"] for c in mine], [max(c["kl"].values()) for c in mine])
+        line["KL lesson / old"] = f"{np.mean(new):.2f} / {np.mean(old):.3f}"
+        line["hypervolume"] = f"{_volume(cells, arm):.3f}"
+        line["time / memory"] = _costs(costs, arm)
+        line["p"] = f"{adjusted[arm]:.3f}" if arm in adjusted else ""
+        lines.append((not learned, forgotten(mean), line))
+    ordered = [line for *_, line in sorted(lines, key=lambda one: one[:2])]
+    main = ["arm", "rate", "gain", "worst rise", "worst fall", "forgotten", "first stage kept"]
+    main += ["hypervolume", "time / memory", "p"]
+    rest = [key for key in ordered[0] if key not in main]
+    more = ["<details><summary>More of each arm</summary>", "", *_lines(ordered, ["arm", *rest])]
+    return [*_lines(ordered, main), "", *more, "", "</details>"]
+
+
+def _lines(rows: Sequence[dict[str, str]], headings: Sequence[str]) -> list[str]:
+    """Those of the columns that there are."""
+    some = [heading for heading in headings if heading in rows[0]]
+    table = [some, ["---"] * len(some), *([row[heading] for heading in some] for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in table]
 
 
 def _again(cell: Cell) -> float:
