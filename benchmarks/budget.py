@@ -37,7 +37,7 @@ import typer
 from scipy.stats import beta
 
 from holdfast.demo import DOCUMENTS, LENGTH, lab_recipe
-from holdfast.lab import write_files
+from holdfast.lab import base_path, write_files
 from holdfast.run import train
 
 sys.path.append(str(Path(__file__).resolve().parent / "forgetting"))
@@ -98,7 +98,7 @@ def settings(arm: str) -> list[str]:
         f"train.steps={STEPS}",
         f"train.batch_tokens={how.batch_tokens()}",
         "train.save_every=100000",
-        f"levers.budget.learning_rate={peak_rate(how, rate):.3g}",
+        f"levers.budget.learning_rate={peak_rate(how, rate, base_path()):.3g}",
         *how.words,
         *budget,
     ]

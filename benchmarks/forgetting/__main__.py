@@ -6,6 +6,7 @@
     python benchmarks/forgetting table                       # docs/benchmark.md and its pictures
     python benchmarks/forgetting scan                        # weight and share of the anchor
     python benchmarks/forgetting stages                      # share of a second stage for the first
+    python benchmarks/forgetting sizes runs/bases            # two smaller bases beside the lab's
 
 Same base, rows and steps; the lesson's tokens in a step are the same for every arm. Every arm gets
 five learning rates on the validation seed; the one that forgets least of those that learn 90 % of
@@ -22,12 +23,15 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Annotated
 
 import typer
 from arms import ARMS, RATES, SCAN, SCAN_RATES, STAGES, VALIDATION
 from cell import cost_of, learn
 from score import FULL, chosen, point
+
+from holdfast.lab.pretrain import Shape, pretrain
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # for what the benchmarks share
@@ -39,6 +43,14 @@ CELLS, COSTS = RESULTS / "forgetting.jsonl.gz", RESULTS / "forgetting-cost.jsonl
 LESSONS = ("verbs", "facts", "extraction", "verbs+extraction")
 SEEDS = (1, 2, 3)
 STEPS = 150
+SIZES = {
+    "1.0M": Shape(hidden=128, heads=4, key_value_heads=2, intermediate=352),
+    "2.1M": Shape(hidden=192, heads=6, key_value_heads=3, intermediate=528),
+}
+"""Bases beside the lab's, as many heads of the same width to a width, as deep."""
+LAB = "3.5M"
+PRETRAINED = 1600
+"""Steps of the lab's own pretraining."""
 
 app = typer.Typer(add_completion=False)
 
@@ -152,6 +164,50 @@ def stages(
                 f"the second {cell['target']['verbs']:.1%} ({found['kept']:.0%} kept); second "
                 f"{cell['target']['extraction']:.1%}; worst rise {found['worst rise']:.1%}"
             )
+
+
+@app.command()
+def sizes(
+    bases: Annotated[Path, typer.Argument(help="Where the other bases are kept, made if missing.")],
+    jobs: Annotated[int, typer.Option(help="Cells at once, a CPU thread each.")] = 1,
+    lesson: str = LESSONS[0],
+    rate: float = 4.0,
+    steps: int = STEPS,
+    cells: Path = RESULTS / "base-size.jsonl.gz",
+) -> None:
+    """What is forgotten against the size of the base: plain and default, three seeds, a line each.
+
+    The bases are pretrained as the lab's is, on the same tokens. The rate is so many times the
+    automatic one, which knows the width of a model.
+    """
+    for name, shape in SIZES.items():
+        if not (bases / name).is_dir():
+            bases.mkdir(parents=True, exist_ok=True)
+            pretrain(bases / name, steps=PRETRAINED, shape=shape)
+    arms = (FULL, "holdfast default")
+    wanted = [
+        {"size": size, "lesson": lesson, "arm": arm, "seed": seed, "rate": rate, "steps": steps}
+        for size, seed, arm in product((*SIZES, LAB), SEEDS, arms)
+    ]
+
+    def left(done: list[Cell]) -> Iterator[Cell]:
+        there = [{key: line[key] for key in wanted[0]} for line in done]
+        for cell in wanted:
+            if cell not in there:
+                yield cell | {"base": "" if cell["size"] == LAB else str(bases / cell["size"])}
+
+    done = fill(cells, left, learn, lambda line: str(line["target"]), jobs=jobs)
+    for size, arm in product((*SIZES, LAB), arms):
+        some = [c for c in done if (c["size"], c["arm"], c["lesson"]) == (size, arm, lesson)]
+        if not some or any("failed" in cell for cell in some):
+            continue
+        found = {key: mean(point(c)[key] for c in some) for key in point(some[0])}
+        old = [rows for rows in some[0]["probe"].values() if rows["kind"] == "guardrail"]
+        knew = mean(mean(rows["before"]) for rows in old)
+        print(
+            f"{size} (knew {knew:.0%}) {arm:17} gain {found['gain']:6.1%}  worst rise {found['worst rise']:7.1%}  "
+            f"mean {found['mean rise']:7.1%}  worst fall {found['worst fall']:6.1%}"
+        )
 
 
 def missing(lesson: str, arm: str, done: list[Cell]) -> Iterator[Cell]:

@@ -55,13 +55,15 @@ def learn(cell: Cell) -> list[Cell]:
     """Train and read: what the cell's line holds besides its name.
 
     Args:
-        cell: arm, lesson (two joined by `+` are taught one after the other), seed, rate, steps.
+        cell: arm, lesson (two joined by `+` are taught one after the other), seed, rate, steps;
+            base: a folder, where it is not the lab's own.
     """
     arm, seed = (ARMS | SCAN | STAGES)[cell["arm"]], cell["seed"]
     stages = cell["lesson"].split("+")
     with TemporaryDirectory() as scratch:
         files = [_files(Path(scratch) / lesson, lesson, seed, arm.watched) for lesson in stages]
-        base, first = str(base_path()), {}
+        origin, first = origin_of(cell), {}
+        base = origin
         started = time.perf_counter()
         for stage, given in enumerate(files):
             base = _train(arm, base, given, Path(scratch) / f"run{stage}", cell, stage)
@@ -70,12 +72,11 @@ def learn(cell: Cell) -> list[Cell]:
             if stage + 1 < len(stages):
                 first = {"after_first_stage": _learned(base, given)}
         seconds = time.perf_counter() - started
-        found = _read(str(base_path()), base, files, seed)
+        found = _read(origin, base, files, seed)
         if seed != VALIDATION:
             items = Texts(Canary(), [str(files[0]["probes"])]).items()
-            found |= _probed(
-                files[-1]["lesson"], str(base_path()), base, items, peak_rate(Arm(), 0.1)
-            )
+            practised = peak_rate(Arm(), 0.1, origin)
+            found |= _probed(files[-1]["lesson"], origin, base, items, practised)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     about = {"left_out": LEFT_OUT, "seconds": round(seconds, 1), "device": device}
     return [found | first | about]
@@ -88,7 +89,7 @@ def cost_of(cell: Cell) -> list[Cell]:
     counted; peak memory is the process's.
     """
     with TemporaryDirectory() as scratch:
-        arm, base = ARMS[cell["arm"]], str(base_path())
+        arm, base = ARMS[cell["arm"]], origin_of(cell)
         files = _files(Path(scratch) / "files", cell["lesson"], cell["seed"], arm.watched)
         _train(arm, base, files, Path(scratch) / "first", cell | {"steps": 3})
         started = time.process_time()
@@ -123,11 +124,16 @@ def _files(folder: Path, lesson: str, seed: int, watched: bool = False) -> dict[
     return found
 
 
-def peak_rate(arm: Arm, times: float) -> float:
-    """So many times the automatic learning rate, as the arm scales it."""
+def origin_of(cell: Cell) -> str:
+    """The base that a cell's training starts from."""
+    return str(cell.get("base") or base_path())
+
+
+def peak_rate(arm: Arm, times: float, base: str | Path) -> float:
+    """So many times the automatic learning rate for a model as large, as the arm scales it."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base_path())
+    config = AutoConfig.from_pretrained(base)
     return Budget().peak(config, arm.adapted) * arm.times * times
 
 
@@ -135,7 +141,7 @@ def _train(
     arm: Arm, base: str, files: dict[str, Path], out: Path, cell: Cell, stage: int = 0
 ) -> str:
     """The tuned checkpoint's folder."""
-    rate, steps = peak_rate(arm, cell["rate"]), cell["steps"]
+    rate, steps = peak_rate(arm, cell["rate"], origin_of(cell)), cell["steps"]
     if arm.peer is not None:
         from peers import PEERS
 
