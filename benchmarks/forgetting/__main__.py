@@ -205,8 +205,9 @@ def sizes(
         old = [rows for rows in some[0]["probe"].values() if rows["kind"] == "guardrail"]
         knew = mean(mean(rows["before"]) for rows in old)
         print(
-            f"{size} (knew {knew:.0%}) {arm:17} gain {found['gain']:6.1%}  worst rise {found['worst rise']:7.1%}  "
-            f"mean {found['mean rise']:7.1%}  worst fall {found['worst fall']:6.1%}"
+            f"{size} (knew {knew:.0%}) {arm:17} gain {found['gain']:6.1%}  worst rise "
+            f"{found['worst rise']:7.1%}  mean {found['mean rise']:7.1%}  worst fall "
+            f"{found['worst fall']:6.1%}"
         )
 
 
