@@ -300,7 +300,9 @@ class Recipe(Section):
             return None
 
     def with_stage(self) -> Self:
-        """The same with what came with the model, where it is left open: mixer, lessons, canary.
+        """The same with what came with the model, where it is left open.
+
+        Mixer, lessons, canary, and the margins of the probes that are asked again.
 
         Raises:
             RequestError: there is one, and the recipe cannot replay it.
@@ -314,13 +316,17 @@ class Recipe(Section):
         canary = self.canary
         if not canary.sources and (sources := stage.canary()):
             canary = Canary.model_validate({**dict(canary), "sources": sources})
-        if replay is self.levers.replay and canary is self.canary:
+        margins = self._carried(stage)
+        if replay is self.levers.replay and canary is self.canary and not margins:
             return self
+        gate = {**dict(self.gate), "margins": {**self.gate.margins, **margins}}
         levers = self.levers.model_copy(update={"replay": replay})
         came = [f"the mixer '{replay.mixer}'"] * (replay.mixer != self.levers.replay.mixer)
         came += ["lessons that it was taught"] * (replay.earlier != self.levers.replay.earlier)
         try:
-            return type(self).model_validate({**dict(self), "levers": levers, "canary": canary})
+            return type(self).model_validate(
+                {**dict(self), "levers": levers, "canary": canary, "gate": gate}
+            )
         except ValidationError as error:
             raise RequestError(
                 *(
@@ -329,6 +335,24 @@ class Recipe(Section):
                     for line in explain(error, type(self))
                 )
             ) from error
+
+    def _carried(self, stage: Stage) -> dict[str, str]:
+        """What the run before allowed its probes to lose, where this recipe does not say."""
+        from holdfast.gate.beforehand import capabilities, carried
+
+        margins = stage.recipe().get("gate", {}).get("margins", {})
+        if not margins:
+            return {}
+        try:
+            before = Gate(margins=margins)
+        except ValidationError as error:
+            raise RequestError(
+                *(
+                    f"model.path: the recipe.yaml of '{self.model.path}': gate.{line}"
+                    for line in explain(error, Gate)
+                )
+            ) from error
+        return carried(before, self.gate, capabilities(self.items()[1], {}))
 
 
 def _listed(value: Any) -> Any:

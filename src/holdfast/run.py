@@ -19,6 +19,7 @@ from holdfast.assemble import Watch, assemble, wrap
 from holdfast.data.example import EncodeReport, Role
 from holdfast.data.mixer import FILE as MIXER
 from holdfast.errors import RequestError
+from holdfast.gate.beforehand import capabilities
 from holdfast.gate.looks import look
 from holdfast.gate.verdict import GateResult, decide, halted
 from holdfast.levers import forgetting
@@ -185,7 +186,11 @@ def _with_earlier(
     file = folder.earlier_probes
     if not file.exists():  # a run that is resumed asks what it asked
         write_items(file, earlier)
-    probes = ", ".join(sorted({item.probe for item in earlier}))
+    margins = {
+        one.name: recipe.gate.margin_for(one.meter, one.name, one.unit, one.tags)
+        for one in capabilities(earlier, {})
+    }
+    probes = ", ".join(f"{name} {found[0]}" if found else name for name, found in margins.items())
     line = f"judging what was judged before: {probes} ({len(earlier)} items)"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     return recipe.model_copy(update={"probes": [*recipe.probes, str(file)]})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from holdfast.errors import RequestError
 from holdfast.meters.probes import load_items
 from holdfast.recipe import Recipe, load_recipe
 
@@ -34,9 +35,12 @@ def stage(here: Path, finished_run: Path) -> Callable[..., Recipe]:
     shutil.copytree(finished_run, here / "one")
     written = yaml.safe_load((here / "one" / "recipe.yaml").read_text())
 
-    def made(*items: dict[str, Any], **fields: Any) -> Recipe:
+    def made(
+        *items: dict[str, Any], margins: dict[str, str] | None = None, **fields: Any
+    ) -> Recipe:
         paths = [write(here / "first.jsonl", *items)] if items else []
-        (here / "one" / "recipe.yaml").write_text(yaml.safe_dump(written | {"probes": paths}))
+        first = written | {"probes": paths, "gate": written["gate"] | {"margins": margins or {}}}
+        (here / "one" / "recipe.yaml").write_text(yaml.safe_dump(first))
         return load_recipe(None, [], model="one", data="lesson.jsonl", **fields)
 
     return made
@@ -68,6 +72,22 @@ def test_code_is_run_only_where_that_is_asked_for(stage: Callable[..., Recipe]) 
     assert "'functions', which runs what it writes: not judged here" in line
     _, earlier, unasked = stage(*items, train={"run_generated_code": True}).items()
     assert ([one.probe for one in earlier], unasked) == (["sums", "functions"], [])
+
+
+def test_margins_of_what_is_asked_again_go_on_unless_others_are_given(
+    stage: Callable[..., Recipe],
+) -> None:
+    items = (item("sums_long", 1, "target"), item("old", 1, "guardrail"))
+    then = {"sums": "5pt", "old": "7%", "canary": "4%", "elsewhere": "9pt"}
+    carried = stage(*items, margins=then).gate.margins
+    # a family's key; a percentage is no margin of an accuracy; the rest is not read again
+    assert carried == {"probe/sums_long": "5pt"}
+    assert stage(*items, margins=carried).gate.margins == carried
+    assert stage(*items, margins=then, earlier_probes=False).gate.margins == {}
+    for own in ({"sums_long": "1pt"}, {"accuracy": "1pt"}):
+        assert stage(*items, margins=then, gate={"margins": own}).gate.margins == own
+    with pytest.raises(RequestError, match=r"^model.path: the recipe.yaml of 'one': gate.margins"):
+        stage(*items, margins={"sums": "much"})
 
 
 def test_what_is_not_judged_is_told(here: Path, stage: Callable[..., Recipe]) -> None:
@@ -127,7 +147,7 @@ def test_the_gate_of_a_third_stage_judges_what_the_first_one_taught(
     assert "probes of earlier stages: 40 items" in dry.out
     found = holdfast("train", "model=two", "gate.margins={sums: 5pt}", "out=three", *begun)
     assert found.code in (0, 3, 4), found.err
-    assert "judging what was judged before: more, sums (40 items)" in found.out
+    assert "judging what was judged before: more 2pt, sums 5pt (40 items)" in found.out
     assert "canary: that of the stage before: " in found.out
     kept = load_items([str(here / "three" / "earlier_probes.jsonl")])
     assert {(one.probe, *one.tags) for one in kept} == {

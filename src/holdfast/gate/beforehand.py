@@ -40,7 +40,7 @@ def capabilities(items: Iterable[Item], canary: Mapping[str, Sequence[str]]) -> 
         Capability(
             "probe",
             probe,
-            "nats" if group[0].kind == "nll" else "accuracy",
+            group[0].unit,
             tuple(sorted({tag for item in group for tag in item.tags})),
             tuple(item.cluster or item.id for item in group),
         )
@@ -50,6 +50,17 @@ def capabilities(items: Iterable[Item], canary: Mapping[str, Sequence[str]]) -> 
         Capability("canary", domain, "nats", ("canary",), tuple(clusters))
         for domain, clusters in sorted(canary.items())
     ]
+
+
+def carried(before: Gate, gate: Gate, read: Iterable[Capability]) -> dict[str, str]:
+    """Margins that an earlier gate set for what is read, of those that this one does not set."""
+    found = {}
+    for one in read:
+        named = (one.meter, one.name, one.unit, one.tags)
+        mine, theirs = gate.margin_for(*named), before.margin_for(*named)
+        if theirs and theirs[1] in before.margins and (not mine or mine[1] not in gate.margins):
+            found[f"{one.meter}/{one.name}"] = str(theirs[0])
+    return found
 
 
 def require_known(gate: Gate, read: Sequence[Capability], where: str = "margins") -> None:

@@ -122,6 +122,11 @@ class Item(Section):
         return half_of(self.cluster or f"{self.probe}/{self.id}")
 
     @property
+    def unit(self) -> str:
+        """What a reading of it is in."""
+        return "nats" if self.kind == "nll" else "accuracy"
+
+    @property
     def targets(self) -> list[str]:
         """Every right continuation or answer that is written out; none for format and code."""
         if self.choices is not None:

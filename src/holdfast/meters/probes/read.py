@@ -167,7 +167,7 @@ def _reading(
         value=sum(values) / len(values),
         stderr=stderr_of_mean(values, list(clusters.values())),
         n=len(values),
-        unit="nats" if items[0].kind == "nll" else "accuracy",
+        unit=items[0].unit,
         seconds=seconds,
         tags=tuple(sorted({tag for item in items for tag in item.tags})),
         items=dict(zip(names, values, strict=True)),
