@@ -57,7 +57,9 @@ full fine-tuning can, at every rate: what it forgot is not to be compared. The r
 line in holdfast's arms, "full, linear" and "full, herded", in every other along the classic
 recipe's cosine. Rows come in one random order, save in holdfast's present default and in "full,
 herded": there each step has some of every kind (`train.order`). "holdfast, random order" is the
-default as it was before, "holdfast, cosine" the one before that.
+default as it was before, "holdfast, cosine" the one before that. trl's arms train in its own
+trainers, as its documentation says, in float32 like all others on a CPU (SDFT: one of its eight
+samples a row). A budget's time is mostly that of reading canaries while it trains and at its end.
 """
 
 
