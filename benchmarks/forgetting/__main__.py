@@ -23,13 +23,12 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from statistics import mean
 from typing import Annotated
 
 import typer
 from arms import ARMS, RATES, SCAN, SCAN_RATES, STAGES, VALIDATION
 from cell import cost_of, learn
-from score import FULL, chosen, point
+from score import FULL, by_size, chosen, point
 
 from holdfast.lab.pretrain import Shape, pretrain
 
@@ -40,6 +39,7 @@ from cells import Cell, fill, read  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 CELLS, COSTS = RESULTS / "forgetting.jsonl.gz", RESULTS / "forgetting-cost.jsonl"
+BY_SIZE = RESULTS / "base-size.jsonl.gz"
 LESSONS = ("verbs", "facts", "extraction", "verbs+extraction")
 SEEDS = (1, 2, 3)
 STEPS = 150
@@ -101,7 +101,7 @@ def table(
     """Write the page and its pictures from the cells that are there."""
     from draw import write_page
 
-    write_page(read(cells), read(costs), out)
+    write_page(read(cells), read(costs), read(BY_SIZE), out)
 
 
 @app.command()
@@ -173,7 +173,7 @@ def sizes(
     lesson: str = LESSONS[0],
     rate: float = 4.0,
     steps: int = STEPS,
-    cells: Path = RESULTS / "base-size.jsonl.gz",
+    cells: Path = BY_SIZE,
 ) -> None:
     """What is forgotten against the size of the base: plain and default, three seeds, a line each.
 
@@ -197,17 +197,11 @@ def sizes(
                 yield cell | {"base": "" if cell["size"] == LAB else str(bases / cell["size"])}
 
     done = fill(cells, left, learn, lambda line: str(line["target"]), jobs=jobs)
-    for size, arm in product((*SIZES, LAB), arms):
-        some = [c for c in done if (c["size"], c["arm"], c["lesson"]) == (size, arm, lesson)]
-        if not some or any("failed" in cell for cell in some):
-            continue
-        found = {key: mean(point(c)[key] for c in some) for key in point(some[0])}
-        old = [rows for rows in some[0]["probe"].values() if rows["kind"] == "guardrail"]
-        knew = mean(mean(rows["before"]) for rows in old)
+    for one in by_size([cell for cell in done if cell["lesson"] == lesson]):
         print(
-            f"{size} (knew {knew:.0%}) {arm:17} gain {found['gain']:6.1%}  worst rise "
-            f"{found['worst rise']:7.1%}  mean {found['mean rise']:7.1%}  worst fall "
-            f"{found['worst fall']:6.1%}"
+            f"{one['size']} (knew {one['knew']:.0%}) {one['arm']:17} gain {one['gain']:6.1%}  "
+            f"worst rise {one['worst rise']:7.1%}  mean {one['mean rise']:7.1%}  worst fall "
+            f"{one['worst fall']:6.1%}"
         )
 
 

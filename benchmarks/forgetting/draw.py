@@ -13,6 +13,7 @@ from score import (
     EQUAL,
     FULL,
     REFERENCE,
+    by_size,
     cost_over_full,
     differs,
     forgotten,
@@ -62,8 +63,16 @@ trainers, as its documentation says, in float32 like all others on a CPU (SDFT: 
 samples a row). A budget's time is mostly that of reading canaries while it trains and at its end.
 """
 
+SIZES = """\
+Made by `... sizes`: the verbs, three test seeds, every arm at four times the automatic rate, which
+knows the width of a model; the bases were pretrained on the same tokens. knew: the mean accuracy of
+the base on its seven probes.
+"""
 
-def write_page(cells: Sequence[Cell], costs: Sequence[Cell], out: Path) -> None:
+
+def write_page(
+    cells: Sequence[Cell], costs: Sequence[Cell], sizes: Sequence[Cell], out: Path
+) -> None:
     """Write `out`, and a picture for each lesson beside it."""
     done = [cell for cell in cells if "failed" not in cell]
     steps = {cell["steps"] for cell in done}
@@ -88,11 +97,22 @@ def write_page(cells: Sequence[Cell], costs: Sequence[Cell], out: Path) -> None:
             parts += [f"## {title}", "", *_table(some, costs), "", *_aims(some, costs)]
             parts += [f"![{title}]({name})", ""]
             _picture(some, title, out.with_name(name))
+    if sizes:
+        parts += ["## The size of the base", "", SIZES, "", *_sizes(sizes), ""]
     failed = [cell for cell in cells if "failed" in cell]
     if failed:
         parts += ["## Cells that failed", ""]
         parts += [f"- {c['lesson']}, {c['arm']}, x{c['rate']:g}: {c['failed']}" for c in failed]
     out.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _sizes(cells: Sequence[Cell]) -> list[str]:
+    shown = ("knew", "gain", "worst rise", "mean rise", "worst fall")
+    rows = [
+        {"base": one["size"], "arm": one["arm"]} | {key: f"{one[key]:.1%}" for key in shown}
+        for one in by_size(cells)
+    ]
+    return _lines(rows, list(rows[0]))
 
 
 def _costs(costs: Sequence[Cell], arm: str) -> str:

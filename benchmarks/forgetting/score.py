@@ -264,3 +264,17 @@ def cost_over_full(costs: Sequence[Cell], arm: str, what: str) -> float:
         for one in (arm, FULL)
     )
     return float(ours / full)
+
+
+def by_size(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Of each size of the base and arm: means over the seeds, and what the base knew."""
+    found = []
+    for size, arm in dict.fromkeys((cell["size"], cell["arm"]) for cell in cells):
+        some = [c for c in cells if (c["size"], c["arm"]) == (size, arm) and "failed" not in c]
+        if some:
+            points = [point(cell) for cell in some]
+            old = [rows for rows in some[0]["probe"].values() if rows["kind"] == "guardrail"]
+            knew = float(np.mean([np.mean(rows["before"]) for rows in old]))
+            means = {key: float(np.mean([one[key] for one in points])) for key in points[0]}
+            found.append({"size": size, "arm": arm, "knew": knew} | means)
+    return found
