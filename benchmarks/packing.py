@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from holdfast.data.packing import MULTIPLE, by_length, deal_by_length, pack, pack_tight
+from holdfast.data.packing import by_length, deal_by_length, pack, pack_tight, rounded
 
 STEPS = 20
 WIDTH = 2048
@@ -69,7 +69,7 @@ def lengths(random: np.random.Generator, mean: float, spread: float, tokens: int
 def positions(some: list[int], bins: list[list[int]]) -> int:
     """Of rows that are all as wide as the widest."""
     widest = max(sum(some[index] for index in members) for members in bins)
-    return -(-widest // MULTIPLE) * MULTIPLE * len(bins)
+    return rounded(widest) * len(bins)
 
 
 def timed(steps: list[list[int]], count: Callable[[list[int]], int]) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from score import (
     interval,
     learned_enough,
     least_forgotten,
+    mean_point,
     point,
     resampled,
     tested,
@@ -139,7 +140,7 @@ def _table(cells: Sequence[Cell], costs: Sequence[Cell]) -> list[str]:
         mine = tested(cells, arm)
         if not mine:
             continue
-        mean, within = _mean(mine), interval(mine)
+        mean, within = mean_point(mine), interval(mine)
         learned, all_of_it = learned_enough(cells, arm), least_forgotten(cells, arm, ALL)
         line = {"arm": f"{arm}{'' if learned else ' *'}", "rate": f"{mine[0]['rate']:g}x"}
         for key in ("gain", "worst rise", "mean rise", "worst fall"):
@@ -178,11 +179,6 @@ def _again(cell: Cell) -> float:
     return max(was[name] - value for name, value in cell["recovered"].items())
 
 
-def _mean(cells: Sequence[Cell]) -> dict[str, float]:
-    many = [point(cell) for cell in cells]
-    return {key: sum(one[key] for one in many) / len(many) for key in many[0]}
-
-
 def _aims(cells: Sequence[Cell], costs: Sequence[Cell]) -> list[str]:
     """The default beside full fine-tuning at the rate that learns: aims, and what was reached."""
     ours, full = (tested(cells, arm) for arm in (OURS, FULL))
@@ -194,7 +190,7 @@ def _aims(cells: Sequence[Cell], costs: Sequence[Cell]) -> list[str]:
     rise = _ratio(first["worst rise"] / second["worst rise"])
     volumes = {arm: _volume(cells, arm) for arm in ARMS if tested(cells, arm)}
     above = [arm for arm, volume in volumes.items() if volume > volumes[OURS]]
-    mean = _mean(ours)
+    mean = mean_point(ours)
     lines = [f"- gain over full fine-tuning's: {learned} (aim: at least 0.99)"]
     best = [
         f"{arm} {max(point(cell)['gain'] for cell in tried):.1%}"

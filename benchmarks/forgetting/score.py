@@ -108,6 +108,12 @@ def point(cell: Cell) -> dict[str, float]:
     }
 
 
+def mean_point(cells: Sequence[Cell]) -> dict[str, float]:
+    """What several cells came to, on average."""
+    many = [point(cell) for cell in cells]
+    return {key: sum(one[key] for one in many) / len(many) for key in many[0]}
+
+
 def forgotten(figures: Figures) -> Any:
     """The worst of what was lost."""
     lost = np.maximum(figures["worst rise"], figures["worst fall"])
@@ -272,9 +278,7 @@ def by_size(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for size, arm in dict.fromkeys((cell["size"], cell["arm"]) for cell in cells):
         some = [c for c in cells if (c["size"], c["arm"]) == (size, arm) and "failed" not in c]
         if some:
-            points = [point(cell) for cell in some]
             old = [rows for rows in some[0]["probe"].values() if rows["kind"] == "guardrail"]
             knew = float(np.mean([np.mean(rows["before"]) for rows in old]))
-            means = {key: float(np.mean([one[key] for one in points])) for key in points[0]}
-            found.append({"size": size, "arm": arm, "knew": knew} | means)
+            found.append({"size": size, "arm": arm, "knew": knew} | mean_point(some))
     return found

@@ -162,7 +162,7 @@ def test_collate_lays_documents_end_to_end() -> None:
     task = PackedRow([11, 12, 13], [False, False, True], Role.TASK)
     replay = PackedRow([21, 22], [False, True], Role.REPLAY)
     anchor = PackedRow([31, 32, 33, 34], [False, True, False, True], Role.ANCHOR)
-    batch = collate([[task, replay], [anchor]], pad_token_id=9, multiple_of=8)
+    batch = collate([[task, replay], [anchor]], pad_token_id=9)
     x = IGNORE
     # Written out by hand from the definition: targets are the next token of the same document.
     assert batch["input_ids"].tolist() == [

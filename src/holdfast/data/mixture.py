@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import TypedDict
 
 from holdfast.data.example import Role
@@ -192,17 +193,16 @@ class Mixture:
 
         Rows are kept shorter than ``width`` if there would else be too few to go round.
         """
-        lengths = [self._length(document) for document in documents]
-        even = max(-(-sum(lengths) // self.micro_batches), *lengths, 1)
-        groups = [
-            [d for d in documents if (self._role(d) is Role.ANCHOR) is anchors]
-            for anchors in (False, True)
-        ]
-        if not self.anchors_apart:
-            groups = [documents]
-        packed = pack_tight(
-            [[self._length(d) for d in some] for some in groups], min(even, self.width)
-        )
+        groups = [documents]
+        if self.anchors_apart:
+            groups = [
+                [d for d in documents if (self._role(d) is Role.ANCHOR) is anchors]
+                for anchors in (False, True)
+            ]
+        lengths = [[self._length(document) for document in some] for some in groups]
+        total, longest = sum(map(sum, lengths)), max(chain(*lengths), default=1)
+        even = max(-(-total // self.micro_batches), longest)
+        packed = pack_tight(lengths, min(even, self.width))
         return [
             [some[index] for index in members]
             for some, bins in zip(groups, packed, strict=True)

@@ -103,7 +103,7 @@ def pack_tight(groups: Sequence[Sequence[int]], width: int) -> list[list[list[in
         For each group its bins, as of `pack`.
     """
     longest = max((length for lengths in groups for length in lengths), default=1)
-    first, last = (_rounded(end) // MULTIPLE for end in (longest, width))
+    first, last = (rounded(end) // MULTIPLE for end in (longest, width))
     enough = (1 + SPARE) * sum(map(sum, groups))
     best: tuple[int, list[list[list[int]]]] | None = None
     for tried in (last, *range(first, last, max(1, -(-(last - first) // WIDTHS)))):
@@ -117,7 +117,7 @@ def pack_tight(groups: Sequence[Sequence[int]], width: int) -> list[list[list[in
     return best[1]
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
     """Up to a multiple of `MULTIPLE`."""
     return -(-length // MULTIPLE) * MULTIPLE
 
@@ -131,7 +131,7 @@ def by_length(lengths: Sequence[int], limit: int) -> list[list[int]]:
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     batches, start = [], 0
     while start < len(order):
-        end = start + max(1, limit // _rounded(lengths[order[start]]))
+        end = start + max(1, limit // rounded(lengths[order[start]]))
         batches.append(order[start:end])
         start = end
     return batches
@@ -143,19 +143,17 @@ def deal_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:
     Returns:
         For each batch the indices of its items; the last ones may have none.
     """
-    longest = _rounded(max(lengths, default=0))
+    longest = rounded(max(lengths, default=0))
     limits = range(longest, longest * len(lengths) + 1)
     enough = bisect_left(limits, True, key=lambda limit: len(by_length(lengths, limit)) <= parts)
     batches = by_length(lengths, limits[enough]) if lengths else []
     return batches + [[] for _ in range(parts - len(batches))]
 
 
-def collate(
-    bins: Sequence[Sequence[PackedRow]], *, pad_token_id: int, multiple_of: int = MULTIPLE
-) -> MicroBatch:
+def collate(bins: Sequence[Sequence[PackedRow]], *, pad_token_id: int) -> MicroBatch:
     """Lay each bin of documents end to end in one row of tensors.
 
-    W is the longest row, rounded up to a multiple of ``multiple_of``. What is left of a row is
+    W is the longest row, rounded up to a multiple of `MULTIPLE`. What is left of a row is
     padding: a document of its own, so that no real token sees it, with no target and no role. A
     bin without documents is a row of padding.
     """
@@ -164,7 +162,7 @@ def collate(
     if not bins:
         raise ValueError("a micro-batch needs at least one row; give an empty bin for padding")
     longest = max(sum(len(row.input_ids) for row in documents) for documents in bins)
-    W = max(1, -(-longest // multiple_of)) * multiple_of
+    W = rounded(max(1, longest))
     input_ids = torch.full((len(bins), W), pad_token_id, dtype=torch.int64)
     position_ids = torch.zeros_like(input_ids)
     targets = torch.full_like(input_ids, IGNORE)
