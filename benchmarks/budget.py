@@ -15,7 +15,7 @@ and budget train at four times the automatic rate, which is what runs of 150 ste
 The three lines of the contract:
   kept      no guardrail's estimated rise on the sealed split is over its budget, in >= 95 % of runs
   target    at least 97 % of the best fixed setting's; again where that keeps the budget here, too
-  cost      at most 1.3 times the CPU seconds of the plain run
+  cost      at most 1.3 times the CPU seconds of the plain run, which reads the gate's texts, too
 Intervals: Clopper-Pearson; bootstrap over (lesson, seed). Each cell is a line in --cells, written
 when it is done; one that is there is not run again.
 """
@@ -50,11 +50,14 @@ from cells import Cell, fill, read
 
 LESSONS = ["verbs", "facts", "extraction"]
 SEEDS = {
-    "budget 3%": [0, 1, 2, 3, 4, 5, 6],
+    "budget 3%": list(range(14)),
     "budget 5%": [0, 1],
     "plain": [0, 1],
     "fixed": [0, 1, 2],
 }
+FRESH = 7
+"""The first seed that was run after the last change of the controller's rule, for judging it only;
+the seeds before it were looked at while the rule was made."""
 STEPS = 150
 RATE = 4.0
 """Times the automatic learning rate."""
@@ -154,14 +157,8 @@ def table(done: Sequence[Cell], wanted: int) -> None:
               f"{cell['lesson_loss']:7.3f} {cell['worst_rise']:10.2%} {cell['guards']:>12} "
               f"{cell['cpu_seconds']:6.0f}  {cell['end'] or ''}")  # fmt: skip
     ours = [cell for cell in done if cell["arm"].startswith("budget")]
-    kept = [cell["worst_rise"] <= amount(cell["arm"]) for cell in ours]
-    passed = sum(cell["guards"] == "PASS" for cell in ours)
-    if kept:
-        k, n = sum(kept), len(kept)
-        low = float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0
-        high = float(beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
-        print(f"kept: {k} of {n} runs ({k / n:.0%} [{low:.0%}, {high:.0%}]), aim 95 %: "
-              f"{said(k / n >= 0.95)}; {passed} of {n} are shown to be (PASS)")  # fmt: skip
+    kept("kept", ours)
+    kept("kept, seeds never looked at before", [cell for cell in ours if cell["seed"] >= FRESH])
     ratios: dict[tuple[str, int], list[float]] = {}
     fair: dict[tuple[str, int], list[float]] = {}
     for cell in ours:
@@ -178,7 +175,19 @@ def table(done: Sequence[Cell], wanted: int) -> None:
         if plain := found.get((cell["lesson"], cell["seed"], "plain")):
             key = (cell["lesson"], cell["seed"])
             costs.setdefault(key, []).append(cell["cpu_seconds"] / plain["cpu_seconds"])
-    line("cost", "of the plain run's CPU seconds", costs, 1.3, at_least=False)
+    line("cost", "of the same run's without a budget, CPU seconds", costs, 1.3, at_least=False)
+
+
+def kept(name: str, cells: Sequence[Cell]) -> None:
+    """In how many runs the budget was kept, with an exact interval."""
+    if not cells:
+        return
+    k, n = sum(cell["worst_rise"] <= amount(cell["arm"]) for cell in cells), len(cells)
+    passed = sum(cell["guards"] == "PASS" for cell in cells)
+    low = float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0
+    high = float(beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
+    print(f"{name}: {k} of {n} runs ({k / n:.0%} [{low:.0%}, {high:.0%}]), aim 95 %: "
+          f"{said(k / n >= 0.95)}; {passed} of {n} are shown to be (PASS)")  # fmt: skip
 
 
 def line(

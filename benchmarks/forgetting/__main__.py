@@ -9,7 +9,8 @@
     python benchmarks/forgetting sizes runs/bases            # two smaller bases beside the lab's
 
 Same base, rows and steps; the lesson's tokens in a step are the same for every arm. Every arm gets
-five learning rates on the validation seed; the one that forgets least of those that learn 90 % of
+five learning rates on the validation seed, and up to two hotter ones while the hottest learns most
+and not enough; the one that forgets least of those that learn 90 % of
 the best that full fine-tuning learned (`score.chosen`) is then run on the test seeds, once. Cells
 are JSON lines, written when done, and a cell that is there is not run again: a run may be stopped
 and continued at any time. What runs beside other cells says nothing of speed; `cost` therefore
@@ -26,9 +27,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from arms import ARMS, RATES, SCAN, SCAN_RATES, STAGES, VALIDATION
+from arms import ARMS, HOTTER, RATES, SCAN, SCAN_RATES, STAGES, VALIDATION
 from cell import cost_of, learn
-from score import FULL, by_size, chosen, point
+from score import FULL, by_size, chosen, learned_enough, most_learned, point
 
 from holdfast.lab.pretrain import Shape, pretrain
 
@@ -69,7 +70,8 @@ def run(
     def left(done: list[Cell]) -> Iterator[Cell]:
         for name in lesson or LESSONS:
             for one in ARMS:
-                if not arm or any(part in one for part in arm):
+                fits = "+" in name or not ARMS[one].sequence
+                if fits and (not arm or any(part in one for part in arm)):
                     for cell in missing(name, one, done):
                         yield cell | {"steps": steps}
 
@@ -208,14 +210,21 @@ def sizes(
 def missing(lesson: str, arm: str, done: list[Cell]) -> Iterator[Cell]:
     """Cells of an arm that can run now: its rates; once they are there, the seeds at one of them.
 
-    Which, is known when full fine-tuning has its rates, too.
+    Which, and whether it needs hotter ones, is known when full fine-tuning has its rates, too. Then
+    the seeds wait, so that no rate is chosen which a hotter one would beat.
     """
     here = [c for c in done if c["lesson"] == lesson]
     there = {(c["seed"], c["rate"]) for c in here if c["arm"] == arm}
-    wanted = [(VALIDATION, rate) for rate in RATES if (VALIDATION, rate) not in there]
+    tried = {rate for seed, rate in there if seed == VALIDATION}
+    wanted = [(VALIDATION, rate) for rate in RATES if rate not in tried]
     full = {c["rate"] for c in here if (c["arm"], c["seed"]) == (FULL, VALIDATION)}
     if not wanted and full.issuperset(RATES) and (best := chosen(here, arm)):
-        wanted = [(seed, best["rate"]) for seed in SEEDS if (seed, best["rate"]) not in there]
+        hotter = [rate for rate in HOTTER if rate not in tried]
+        climbs = most_learned(here, arm)["rate"] == max(tried) and not ARMS[arm].cool
+        if hotter and climbs and not learned_enough(here, arm):
+            wanted = [(VALIDATION, hotter[0])]
+        else:
+            wanted = [(seed, best["rate"]) for seed in SEEDS if (seed, best["rate"]) not in there]
     for seed, rate in wanted:
         yield {"lesson": lesson, "arm": arm, "seed": seed, "rate": rate}
 

@@ -8,13 +8,15 @@ rows) comes on top and is counted in its seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from holdfast.levers.replay import EARLIER
 
 RATES = (0.5, 1.0, 2.0, 4.0, 6.0)
 """Trials of every arm: times the automatic rate of full fine-tuning, or a quarter of an adapter's
 (`levers.budget`): on the lab adapters break at three times theirs."""
+HOTTER = (10.0, 16.0)
+"""More of them, one after the other, while the hottest so far learned most and not enough."""
 VALIDATION = 100
 """The seed on which rates are chosen."""
 LESSON = 512
@@ -24,6 +26,8 @@ CLASSIC = ["levers.budget.spike=0", "levers.budget.schedule=cosine", "train.orde
 """The classic recipe's schedule and order, and no spike rule, for what is not holdfast's."""
 PLAIN = ["levers.kl_anchor=none", "levers.adapter=none", *CLASSIC]
 ADAPTER = ["levers.kl_anchor=none", *CLASSIC]
+HERDED = ["levers.budget.schedule=linear", "train.order=herded"]
+"""The default's schedule and order."""
 
 UNHERDED = ["train.order=random", "levers.kl_anchor.weight=2"]
 """The default before its rows were herded and its anchor weighed by the base's loss alone."""
@@ -43,13 +47,18 @@ class Arm:
     """Weight of the tuned model in an average with the base, taken after training."""
     times: float = 1.0
     """What the rates are multiplied by, besides."""
+    cool: bool = False
+    """Whether low rates are what it is about, so that it gets no hotter ones."""
     watched: bool = False
     """Whether training itself reads a canary, as often as it will."""
     staged: bool = False
     """Whether a second stage starts from the first one's run folder, which says what it taught, and
     not from its weights alone."""
-    earlier: float = EARLIER
-    """Share of a second stage's tokens that is for what the first one taught, where it is told."""
+    earlier: float = 0.0
+    """Share of a second stage's tokens that is the first lesson's rows. An arm that is not `staged`
+    is given them as a source, for next-token loss."""
+    sequence: bool = False
+    """Whether it is for a sequence alone."""
     note: str = ""
 
     @property
@@ -59,7 +68,7 @@ class Arm:
 
     def batch_tokens(self, stage: int = 0) -> int:
         """Tokens of a step, so that `LESSON` of them are the lesson's."""
-        return round(LESSON / (1 - self.extra - (self.earlier if self.staged and stage else 0.0)))
+        return round(LESSON / (1 - self.extra - (self.earlier if stage else 0.0)))
 
 
 def adapter(method: str, *more: str) -> Arm:
@@ -67,22 +76,27 @@ def adapter(method: str, *more: str) -> Arm:
     return Arm([*ADAPTER, f"levers.adapter.method={method}", *more], times=0.25)
 
 
-def replay(share: float) -> Arm:
+def replay(share: float, domains: str = "{replay}", *more: str, **about: Any) -> Arm:
     """Next-token replay of text that is like the base's own pretraining data."""
     words = [
-        "levers.replay.sources=[{replay}]",
+        f"levers.replay.sources=[{domains}]",
         f"levers.replay.fraction={share}",
         "levers.replay.own_pretraining=true",
     ]
-    return Arm([*PLAIN, *words], extra=share)
+    return Arm([*PLAIN, *words, *more], extra=share, **about)
+
+
+def ours(*words: str, **about: Any) -> Arm:
+    """The default, with something else."""
+    return Arm([*words], extra=0.5, staged=True, **{"earlier": EARLIER} | about)
 
 
 ARMS: dict[str, Arm] = {
     "full": Arm(PLAIN),
-    "full, low rate": Arm(PLAIN, times=0.1),
-    "full, linear": Arm([*PLAIN, "levers.budget.schedule=linear"]),
+    "full, low rate": Arm(PLAIN, times=0.1, cool=True),
+    "full, linear": Arm([*PLAIN, HERDED[0]]),
     "full, herded": Arm(
-        [*PLAIN, "levers.budget.schedule=linear", "train.order=herded"],
+        [*PLAIN, *HERDED],
         note="holdfast's order and schedule without its anchor",
     ),
     "trl LoRA": Arm(
@@ -100,6 +114,9 @@ ARMS: dict[str, Arm] = {
     "replay 1 %": replay(0.01),
     "replay 5 %": replay(0.05),
     "replay 25 %": replay(0.25),
+    "replay 25 %, lesson 15 %": replay(
+        0.25, earlier=EARLIER, sequence=True, note="replays the first lesson in the second stage"
+    ),
     "KL on task": Arm(
         [
             "levers.adapter=none",
@@ -144,25 +161,26 @@ ARMS: dict[str, Arm] = {
         times=0.25,
         note="replay 15 %, KL 0.05 on the lesson, LoRA r 16, alpha 32, cosine, clipping",
     ),
-    "holdfast default": Arm(extra=0.5, staged=True),
-    "holdfast, random order": Arm(UNHERDED, extra=0.5, staged=True),
-    "holdfast, cosine": Arm([*UNHERDED, "levers.budget.schedule=cosine"], extra=0.5, staged=True),
-    "holdfast, budget 3 %": Arm(
-        ["budget.forgetting=3%"],
-        extra=0.5,
+    "holdfast default": ours(),
+    "holdfast, random order": ours(*UNHERDED),
+    "holdfast, cosine": ours(*UNHERDED, "levers.budget.schedule=cosine"),
+    "holdfast, budget 3 %": ours(
+        "budget.forgetting=3%",
         watched=True,
-        staged=True,
         note="watches as many texts as in benchmarks/budget.py, none of which it is judged by",
     ),
-    "joint": Arm(
-        [
-            *PLAIN,
-            "levers.replay.sources=[{all}]",
-            "levers.replay.fraction=0.5",
-            "levers.replay.own_pretraining=true",
-        ],
-        extra=0.5,
-        note="all old domains replayed as the lesson is learned: an upper bound",
+    "joint": replay(
+        0.5,
+        "{all}",
+        earlier=EARLIER,
+        note="all old domains and lessons replayed as one is learned: an upper bound",
+    ),
+    "joint, herded": replay(
+        0.5,
+        "{all}",
+        *HERDED,
+        earlier=EARLIER,
+        note="the same in the default's order and schedule",
     ),
 }
 
@@ -183,8 +201,8 @@ SCAN: dict[str, Arm] = {
 SCAN_RATES = (4.0, 2.0)
 
 STAGES: dict[str, Arm] = {
-    f"{share:.0%} for earlier lessons": Arm(
-        [f"levers.replay.earlier.fraction={share}"], extra=0.5, staged=True, earlier=share
+    f"{share:.0%} for earlier lessons": ours(
+        f"levers.replay.earlier.fraction={share}", earlier=share
     )
     for share in (0.0, 0.05, 0.3)
 }

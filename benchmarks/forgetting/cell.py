@@ -66,6 +66,7 @@ def learn(cell: Cell) -> list[Cell]:
         base = origin
         started = time.perf_counter()
         for stage, given in enumerate(files):
+            given |= {"first": files[0]["lesson"]} if stage else {}
             base = _train(arm, base, given, Path(scratch) / f"run{stage}", cell, stage)
             if len(stages) > 1 and not arm.staged:
                 base = _merged(base, Path(scratch) / f"stage{stage}")
@@ -149,6 +150,9 @@ def _train(
     words = [*LENGTH, *UNWATCHED, *([] if arm.watched else NEVER)]
     words += [f"train.batch_tokens={arm.batch_tokens(stage)}"]
     words += [f"levers.budget.learning_rate={rate}", f"train.steps={steps}"]
+    if stage and arm.earlier and not arm.staged:
+        words += [f"levers.replay.earlier.fraction={arm.earlier}", "levers.replay.loss=ntp"]
+        words += [f"levers.replay.earlier.sources=[{files['first']}]"]
     words += [word.format(**files) for word in arm.words]
     recipe = load_recipe(
         None,

@@ -149,8 +149,12 @@ def chosen(cells: Sequence[Cell], arm: str) -> Cell | None:
     At equal learning, the one that forgets least: without a floor an arm is best off where it
     learns nothing. Where none learns enough it is the one that learns most.
     """
-    most = max(tuning(cells, arm), key=lambda cell: gain(target_items(cell)), default=None)
-    return least_forgotten(cells, arm) or most
+    return least_forgotten(cells, arm) or most_learned(cells, arm)
+
+
+def most_learned(cells: Sequence[Cell], arm: str) -> Cell | None:
+    """The tuning cell that learned most; the lowest rate of those that learned as much."""
+    return max(tuning(cells, arm), key=lambda cell: gain(target_items(cell)), default=None)
 
 
 def learned_enough(cells: Sequence[Cell], arm: str) -> bool:
