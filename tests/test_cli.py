@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import typer
 
@@ -180,6 +182,45 @@ def test_init_writes_it_once(here: Path, holdfast: Cli) -> None:
 
 def test_schema(holdfast: Cli) -> None:
     assert json.loads(holdfast("schema").out) == Recipe.model_json_schema()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"model": "a/b", "data": "lessons.jsonl"},
+        {"model": "a/b", "data": ["a.jsonl", {"path": "b.jsonl"}], "probes": "p.jsonl"},
+        {"model": {"path": "a/b"}, "data": "x", "levers": "none", "alarms": "off"},
+        {
+            "model": "a/b",
+            "data": "x",
+            "levers": {"kl_anchor": "off"},
+            "budget": {"forgetting": "1%"},
+        },
+    ],
+)
+def test_the_schema_takes_what_a_recipe_may_say(recipe: dict[str, Any]) -> None:
+    Recipe.model_validate(recipe)
+    jsonschema.validate(recipe, Recipe.model_json_schema())
+
+
+def test_a_file_that_may_not_be_used_is_one_line(
+    here: Path, holdfast: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)
+    result = holdfast("validate", "model=tiny", "data=lesson.jsonl")
+    assert result.code == 2
+    assert result.err == "holdfast: 'lesson.jsonl': permission denied; mend that, or name another\n"
+
+
+def test_a_home_is_a_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    found = Recipe.model_validate(
+        {"model": "a/b", "data": "x", "out": "~/x", "probes": "~/p.jsonl"}
+    )
+    assert (found.out, found.probes) == ("/home/me/x", ["/home/me/p.jsonl"])
 
 
 def test_validate_says_what_is_there(here: Path, holdfast: Cli) -> None:

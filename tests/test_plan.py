@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import MambaConfig, MambaForCausalLM
 
+import tiny
 from holdfast import model as models
 from holdfast.chunks import CPU_CHUNK_ROWS
 from holdfast.plan import generated, memory, plan, skeleton
@@ -235,6 +237,16 @@ def test_a_dry_run_prints_choice_reason_and_cost(
     assert "remembered: the texts are known" in said
     assert "of memory beside the model; each text once before training, about" in said
     assert not (here / "run").exists()
+
+
+def test_a_model_without_attention_has_a_plan(here: Path, holdfast: Any, quick: list[str]) -> None:
+    bare = MambaForCausalLM(
+        MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=2)
+    )
+    tiny.save(here / "mamba", bare, tiny.letters())
+    words = ["--model", "mamba", "--data", "lesson.jsonl", *quick, "levers.adapter.method=none"]
+    done = holdfast("train", "--dry-run", *words)
+    assert done.code == 0, done.err
 
 
 def test_a_skeleton_holds_no_weights(recipe: Asked) -> None:

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 import tiny
 from holdfast import model as models
@@ -318,6 +319,7 @@ def test_resuming_what_is_no_run_is_refused(inputs: Path, tmp_path: Path) -> Non
         ({"canary": {"sources": ["none.jsonl"]}}, "none.jsonl"),
         ({"model": "nowhere/at/all"}, "does not exist"),
         ({"probes": ["none.jsonl"]}, "does not exist"),
+        ({"train": {"report_to": ["tensorbord"]}}, "tensorbord"),
     ],
 )
 def test_a_refused_request_leaves_no_folder_behind(
@@ -326,6 +328,25 @@ def test_a_refused_request_leaves_no_folder_behind(
     with pytest.raises(RequestError, match=said):
         run.train(recipe_of(inputs, tmp_path / "run", **fields))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_are_refused_without_a_trace(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RequestError, match="one process on one device, and 2 were started"):
+        run.train(recipe_of(inputs, tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_accelerator_trains_however_many_there_are(
+    inputs: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer would spread a step over all that it sees."""
+    two = property(lambda args: args._n_gpu or 2)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", two)
+    run.train(recipe_of(inputs, tmp_path / "run"))
+    assert weights(tmp_path / "run") == weights(whole)
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(inputs: Path, whole: Path) -> None:
@@ -555,7 +576,7 @@ def test_no_row_is_both_held_out_and_trained_on(
     drawn: list[list[int]], fraction: float, seed: int
 ) -> None:
     """Also where the lesson repeats itself; each row has its place, and the same one again."""
-    table = {"input_ids": drawn}
+    table = {"input_ids": drawn, "source_row": list(range(len(drawn)))}
     try:
         kept, held = split_heldout(table, fraction, seed)
     except RequestError:
@@ -570,6 +591,24 @@ def test_no_row_is_both_held_out_and_trained_on(
     else:
         assert 1 <= len(held) <= max(8, round(fraction * len(drawn)))
     assert split_heldout(table, fraction, seed) == (kept, held)
+
+
+@given(st.lists(st.integers(1, 12), min_size=32, max_size=60), st.floats(0.01, 0.49))
+@settings(max_examples=50, deadline=None)
+def test_what_one_row_was_made_into_is_never_apart(pieces: list[int], fraction: float) -> None:
+    """No document is held out whose neighbours, of the same source row, are trained on."""
+    source = [row for row, n in enumerate(pieces) for _ in range(n)]
+    table = {"input_ids": [[i, i + 1] for i in range(len(source))], "source_row": source}
+    kept, held = split_heldout(table, fraction, 0)
+    assert held
+    assert not {source[i] for i in kept} & {source[i] for i in held}
+    assert len(held) <= max(8, round(fraction * len(source)))
+
+
+def test_of_a_few_long_texts_single_documents_are_held_out() -> None:
+    table = {"input_ids": [[i] for i in range(100)], "source_row": [i // 50 for i in range(100)]}
+    kept, held = split_heldout(table, 0.1, 0)
+    assert (len(kept), len(held)) == (90, 10)
 
 
 def test_canary_texts_are_cut_limited_and_never_twice(inputs: Path, tmp_path: Path) -> None:

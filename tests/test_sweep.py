@@ -252,6 +252,30 @@ def test_the_frontier_is_what_nothing_beats(points: list[tuple[int, int]]) -> No
         assert dominated((target, worst), points) == strictly
 
 
+def test_a_folder_of_someone_elses_is_left_alone(
+    pretended: list[float], recipe: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "project" / "recipes" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("model: base\n")
+    with pytest.raises(RequestError, match="is not empty and no sweep wrote it"):
+        sweep(recipe, [], AXES, tmp_path / "project", trials=1)
+    assert mine.read_text() == "model: base\n"
+    assert pretended == []
+
+
+def test_a_written_recipe_means_what_its_trial_was(
+    pretended: list[float], recipe: Path, tmp_path: Path
+) -> None:
+    """An end of an axis that is also the default: the automatic adapter is the same either way."""
+    axes = parse_axes(["levers.adapter.target=[mlp, all-linear]"])
+    sweep(recipe, ["levers.kl_anchor.weight=3"], axes, tmp_path / "out", trials=6)
+    written = [load_recipe(path) for path in (tmp_path / "out" / "recipes").iterdir()]
+    for found in written:
+        asked = load_recipe(recipe, [f"levers.adapter.target={found.levers.adapter.target}"])
+        assert found.levers.adapter.settled(10) == asked.levers.adapter.settled(10)
+
+
 def test_a_recipe_of_the_frontier_is_one(
     pretended: list[float], recipe: Path, tmp_path: Path
 ) -> None:

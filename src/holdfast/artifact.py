@@ -31,6 +31,7 @@ import yaml
 
 from holdfast.errors import RequestError
 from holdfast.files import full_disk_named, write_text
+from holdfast.lineage import EARLIER_PROBES, at_home
 from holdfast.meters import Reading
 
 __all__ = ["RunFolder", "full_disk_named", "write_text"]
@@ -46,7 +47,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.readings = path / "readings.jsonl"
         self.alarms = path / "alarms.jsonl"
-        self.earlier_probes = path / "earlier_probes.jsonl"
+        self.earlier_probes = path / EARLIER_PROBES
         self.before = path / "data" / "before.json"
         self.checkpoints = path / "checkpoints"
         self.data = path / "data"
@@ -89,7 +90,7 @@ class RunFolder:
                 f"'{self.recipe}' was not written by a run; give the folder named by --out when "
                 "the run was started"
             )
-        return recipe
+        return at_home(recipe, self.path)
 
     def append(self, readings: Iterable[Reading]) -> None:
         """Add lines to readings.jsonl; on disk when this returns."""

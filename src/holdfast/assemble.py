@@ -121,6 +121,7 @@ def assemble(
         seed=recipe.seed,
         **arguments,
     )
+    args._n_gpu = 1  # else the Trainer spreads a step over every accelerator it sees
     if recipe.train.activation_checkpointing:
         # needed under an adapter: the embedding's output takes no gradient of its own
         setup.model.enable_input_require_grads()

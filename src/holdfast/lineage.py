@@ -21,6 +21,8 @@ PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 ARTIFACTS = ("model", "adapter")
 """What a run's own weights are named in its folder."""
+EARLIER_PROBES = "earlier_probes.jsonl"
+"""The probes of the stages before, as a run keeps them in its folder."""
 MENDED = "give a folder written by save_pretrained"
 
 
@@ -151,14 +153,16 @@ def _run(folder: Path, named: str, above: tuple[Path, ...]) -> Stage:
 
 
 def _adapter(folder: Path, named: str, above: tuple[Path, ...]) -> Stage:
-    """An adapter on its base: `base/` beside it, or what its config names."""
+    """An adapter on its base: of a run the `base/` beside it, else what its config names."""
     config = _json(folder / "adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
         raise RequestError(_no_weights(folder, named, "adapter_model.safetensors"))
     if folder.resolve() in above:
         raise RequestError(f"{named} is an adapter whose base is itself; give its base's folder")
     own = folder.parent / "base"
-    base = str(own) if (own / "config.json").is_file() else config.get("base_model_name_or_path")
+    ours = folder.name == "adapter" and "resolved" in _recipe_of(folder.parent)
+    kept = ours and (own / "config.json").is_file()
+    base = str(own) if kept else config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise RequestError(
             f"{named} is an adapter that names no base; set base_model_name_or_path in its "
@@ -181,7 +185,7 @@ def _missing(path: str, named: str) -> str:
     hint = f"did you mean '{folder.parent / close[0]}'?" if close else "give a folder"
     return (
         f"{named} does not exist; {hint} in transformers format (config.json, "
-        "*.safetensors, tokenizer files) or a hub id such as Qwen/Qwen3-0.6B"
+        "*.safetensors, tokenizer files) or a hub id with its owner, such as Qwen/Qwen3-0.6B"
     )
 
 
@@ -191,7 +195,22 @@ def _recipe_of(folder: Path) -> dict[str, Any]:
         found = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return at_home(found, folder) if isinstance(found, dict) else {}
+
+
+def at_home(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A recipe out of a run folder: its own probe file where the folder lies now, if it moved."""
+    probes = recipe.get("probes")
+    if not isinstance(probes, list):
+        return recipe
+    there = folder / EARLIER_PROBES
+    moved = [
+        str(there)
+        if Path(str(path)).name == EARLIER_PROBES and not Path(str(path)).is_file()
+        else path
+        for path in probes
+    ]
+    return {**recipe, "probes": moved}
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _tokenizer_problems(settings: Model) -> Iterator[str]:
             f"model.tokenizer: folder '{where}' does not exist; give the folder or hub id of the "
             "tokenizer that the model was trained with"
         )
-    if template is not None and "{" not in template and not Path(template).is_file():
+    if template is not None and "{" not in template and not Path(template).expanduser().is_file():
         yield (
             f"model.chat_template: '{template}' is neither a file nor a Jinja template; give one "
             "of the two, or leave it out for the tokenizer's own"
@@ -106,7 +106,8 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     template = settings.chat_template
     if template is not None:
         inline = "{" in template
-        tokenizer.chat_template = template if inline else Path(template).read_text(encoding="utf-8")
+        file = Path(template).expanduser()
+        tokenizer.chat_template = template if inline else file.read_text(encoding="utf-8")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise RequestError(

@@ -225,6 +225,7 @@ def sketch(recipe: Recipe, folder: Path, console: Console) -> Prepared:
 
 def generated(recipe: Recipe, folder: Path, console: Console) -> Prepared:
     """What `prepare` makes, the base's own text included."""
+    recipe = settled(recipe)
     return prepare(recipe, *load(recipe, console), folder, console)
 
 
@@ -378,7 +379,8 @@ def _reference(recipe: Recipe, model: Any, prepared: Prepared) -> ReferencePlan 
 def _activations(model: Any, width: int, row: int, checkpointed: bool) -> int:
     """Bytes a token that autograd keeps, over all layers."""
     config = model.config.get_text_config()
-    H, L, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    H, L = config.hidden_size, config.num_hidden_layers
+    heads = getattr(config, "num_attention_heads", None) or 1  # recurrent ones have none
     Q = heads * (getattr(config, "head_dim", None) or H // heads)
     I = _mlp_size(config, H)  # noqa: E741
     adapted = [m for m in model.modules() if hasattr(m, "get_base_layer")]
@@ -391,7 +393,8 @@ def _activations(model: Any, width: int, row: int, checkpointed: bool) -> int:
 
 def _mlp_size(config: Any, hidden: int) -> int:
     """Width of what one token computes in an MLP, over the experts that it visits."""
-    size: int = getattr(config, "intermediate_size", None) or 4 * hidden
+    sizes = getattr(config, "intermediate_size", None) or 4 * hidden
+    size: int = max(sizes) if isinstance(sizes, list) else sizes  # one a layer
     visited: int = getattr(config, "num_experts_per_tok", None) or 0
     return visited * (getattr(config, "moe_intermediate_size", None) or size) or size
 

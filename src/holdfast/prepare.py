@@ -267,22 +267,40 @@ def auto_batch_tokens(tokens: float) -> int:
 
 
 def split_heldout(rows: Any, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Row numbers to train on, and to hold out: none that is also trained on under another number.
+    """Documents to train on, and to hold out: none that is also trained on under another number.
 
-    No row is held out of a lesson too small to spare any (fewer than 4 times the least).
+    Whole rows of the source are held out, for what a long text or a conversation was made into is
+    no held-out text of the rest; single documents where the rows are too few or too long for that.
+    No document is held out of a lesson too small to spare any (fewer than 4 times the least).
     """
-    contents = [tuple(ids) for ids in rows["input_ids"]]
-    count = min(HELDOUT_MOST, max(HELDOUT_LEAST, round(fraction * len(contents))))
-    if fraction == 0 or len(contents) < 4 * HELDOUT_LEAST:
-        return list(range(len(contents))), []
-    random = np.random.default_rng(np.random.SeedSequence([seed, 0x4E1D]))
-    held = sorted(random.permutation(len(contents))[:count].tolist())
+    n = len(rows["input_ids"])
+    if fraction == 0 or n < 4 * HELDOUT_LEAST:
+        return list(range(n)), []
+    count = min(HELDOUT_MOST, max(HELDOUT_LEAST, round(fraction * n)))
+    contents = [_digest(ids) for ids in rows["input_ids"]]
+    held: list[int] = []
+    for row_of in (np.unique(rows["source_row"][:], return_inverse=True)[1], np.arange(n)):
+        sizes = np.bincount(row_of)
+        if len(sizes) < 4 * HELDOUT_LEAST:
+            continue
+        members = np.split(np.argsort(row_of, kind="stable"), np.cumsum(sizes)[:-1])
+        random = np.random.default_rng(np.random.SeedSequence([seed, 0x4E1D]))
+        for row in random.permutation(len(members)):
+            if len(held) + len(members[row]) <= count:
+                held += members[row].tolist()
+        if held:
+            break
     secret = {contents[i] for i in held}
-    kept = [i for i, content in enumerate(contents) if content not in secret]
+    apart = {row_of[i] for i in held}
+    kept = [i for i in range(n) if contents[i] not in secret and row_of[i] not in apart]
     if not kept:
         raise RequestError("data: all rows of the lesson are the same; give more than one")
-    distinct = {contents[i]: i for i in reversed(held)}
+    distinct = {contents[i]: i for i in sorted(held, reverse=True)}
     return kept, sorted(distinct.values())
+
+
+def _digest(ids: Sequence[int]) -> bytes:
+    return hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest()
 
 
 def canary_documents(prepared: Prepared, console: Console) -> list[Document]:

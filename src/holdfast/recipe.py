@@ -29,7 +29,7 @@ from holdfast.errors import RequestError, did_you_mean
 from holdfast.explain import explain
 from holdfast.gate.verdict import Gate
 from holdfast.levers import Lever, levers
-from holdfast.lineage import Stage, locate
+from holdfast.lineage import Stage, at_home, expanded, locate
 from holdfast.meters.canary import Canary
 from holdfast.meters.probes import Item, earlier_items, load_items
 from holdfast.model import Model
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from holdfast.levers.replay import Replay
 
 OFF_WORDS = ("none", "off")
+OFF_SCHEMA = {"enum": [*OFF_WORDS, None, False]}
 
 
 class Data(Section):
@@ -102,7 +103,23 @@ class Train(Section):
     """Trackers as transformers names them: tensorboard, wandb, mlflow, trackio."""
 
 
+def _or(schema: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """A field's schema with other forms that it may be given in."""
+    about: dict[str, Any] = {
+        key: schema.pop(key) for key in ("description", "default") if key in schema
+    }
+    return {"anyOf": [schema, *others]} | about
+
+
+def _with_off(schema: dict[str, Any]) -> None:
+    """Tell editors that each lever may be `none`."""
+    for name, field in schema["properties"].items():
+        schema["properties"][name] = _or(field, OFF_SCHEMA)
+
+
 class _LeversBase(Section):
+    model_config = ConfigDict(json_schema_extra=_with_off)
+
     if TYPE_CHECKING:
         adapter: Adapter = Adapter()
         balance: Balance = Balance()
@@ -155,9 +172,19 @@ else:
     )
 
 
-def _with_budget(schema: dict[str, Any]) -> None:
-    """Tell editors of the `budget` that may be given in short."""
-    schema["properties"]["budget"] = {
+def _with_short_forms(schema: dict[str, Any]) -> None:
+    """Tell editors of what may be given in short."""
+    text, fields = {"type": "string"}, schema["properties"]
+    shorts: dict[str, list[dict[str, Any]]] = {
+        "model": [text],
+        "data": [text, {"type": "array"}],
+        "probes": [text],
+        "levers": [OFF_SCHEMA],
+        "alarms": [OFF_SCHEMA],
+    }
+    for name, others in shorts.items():
+        fields[name] = _or(fields[name], *others)
+    fields["budget"] = {
         "type": "object",
         "properties": {"forgetting": {"type": ["object", "string"]}},
         "additionalProperties": False,
@@ -168,7 +195,7 @@ def _with_budget(schema: dict[str, Any]) -> None:
 class Recipe(Section):
     """A whole run. `model` and `data` are all that must be given."""
 
-    model_config = ConfigDict(json_schema_extra=_with_budget)
+    model_config = ConfigDict(json_schema_extra=_with_short_forms)
 
     model: Model
     """The base: a folder or hub id, or a section."""
@@ -176,7 +203,7 @@ class Recipe(Section):
     """The lesson: a file, a list of files, or a section."""
     out: str = "runs/latest"
     """The run folder; it must not exist yet, or be empty."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of every random choice: rows, generated text, adapter weights."""
     train: Train = Train()
     """How long, and in what pieces."""
@@ -210,6 +237,16 @@ class Recipe(Section):
     @classmethod
     def _probe_paths(cls, value: Any) -> Any:
         return _listed(value)
+
+    @field_validator("out")
+    @classmethod
+    def _out_in_full(cls, value: str) -> str:
+        return expanded(value)
+
+    @field_validator("probes")
+    @classmethod
+    def _probes_in_full(cls, value: list[str]) -> list[str]:
+        return [expanded(path) for path in value]
 
     @model_validator(mode="before")
     @classmethod
@@ -480,7 +517,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise RequestError(f"{path}: a recipe is a mapping, such as 'model: PATH'")
     # a resolved recipe in a run folder carries what it was resolved with; that is not a setting
-    settings.pop("resolved", None)
+    if settings.pop("resolved", None) is not None:
+        return at_home(settings, path.parent)
     return settings
 
 

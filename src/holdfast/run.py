@@ -5,6 +5,7 @@ load -> streams -> read the base -> wrap -> train -> read the tuned -> gate -> r
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -197,7 +198,21 @@ def _with_earlier(
 
 
 def _refuse_early(recipe: Recipe) -> None:
-    """Wrap a model without weights, so that a wrong setting is refused before anything is read."""
+    """Refuse a wrong setting before anything is read: wrap a model without weights."""
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise RequestError(
+            f"a run is one process on one device, and {world} were started (WORLD_SIZE); start it "
+            "without torchrun or accelerate, or train in several with holdfast.Guard around a "
+            "trainer of your own"
+        )
+    try:
+        from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+        for make in get_reporting_integration_callbacks(recipe.train.report_to):
+            make()
+    except (ImportError, RuntimeError, ValueError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise RequestError(f"train.report_to: {why}; mend it or leave it out") from error
     try:
         bare = skeleton(recipe)
     except RequestError:
@@ -313,7 +328,7 @@ def _check_same(folder: RunFolder, now: dict[str, Any]) -> None:
         key
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and key not in ("out", "resolved.steps")
+        and key not in ("out", "resolved.steps", "train.report_to")
         and not key.startswith("resolved.versions.")
     ]
     if changed:

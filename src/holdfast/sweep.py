@@ -32,7 +32,7 @@ import yaml
 from rich.console import Console
 
 from holdfast.errors import RequestError
-from holdfast.files import write_text
+from holdfast.files import full_disk_named, write_text
 from holdfast.gate.verdict import Gate
 from holdfast.meters import Reading
 from holdfast.points import judged
@@ -43,6 +43,8 @@ HOPELESS = 8.0
 """Margins. From half of the steps on the worst rise has been seen to halve, not to fall to an
 eighth."""
 HALF = 0.5
+MARK = ".sweep"
+"""A file that says whose folder it is."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def sweep(
     console = console or Console(quiet=True)
     optuna = _optuna()
     _check_ends(recipe, words, axes)
-    out.mkdir(parents=True, exist_ok=True)
+    _claim(out)
     url = storage or f"sqlite:///{out.resolve() / 'study.db'}"
     found = _study(optuna, url, study, _digest(recipe, words, axes))
     longest = 0.0
@@ -150,6 +152,18 @@ def sweep(
     result = _result(optuna, found, time.perf_counter() - started)
     _write(result, recipe, words, axes, out)
     return result
+
+
+def _claim(out: Path) -> None:
+    """Make the folder, or refuse one that holds something else: trials are removed from it."""
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise RequestError(
+            f"--out: '{out}' is not empty and no sweep wrote it; give a folder that does not exist "
+            "yet"
+        )
+    with full_disk_named(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_text(out / MARK, "holdfast sweep keeps its trials here, and removes them.\n")
 
 
 def _optuna() -> Any:

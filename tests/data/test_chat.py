@@ -163,8 +163,12 @@ def test_encode_all_is_written_once_and_read_back(tmp_path: Path, plain: Any) ->
     key = fingerprint([source], plain, 16)
     options: dict[str, Any] = {"max_length": 16, "cache_dir": tmp_path / "c", "fingerprint": key}
     dataset, report = encode_all(iter_rows(source), plain, **options)
-    expected = [example for r in iter_rows(source) for example in encode(r, plain, max_length=16)]
-    assert [Example(**record) for record in dataset] == expected
+    expected = [
+        vars(example) | {"source_row": number}
+        for number, row in enumerate(iter_rows(source))
+        for example in encode(row, plain, max_length=16)
+    ]
+    assert list(dataset) == expected
     assert dataset.features["input_ids"].feature.dtype == "int32"
     assert report.rows == 3
     assert report.dropped_no_response == 1

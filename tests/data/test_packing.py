@@ -213,6 +213,19 @@ def test_which_models_keep_documents_apart_is_found_out(name: str, dtype: torch.
     assert model.training
 
 
+def test_documents_that_are_apart_in_one_row_only_are_not_kept_apart() -> None:
+    """As in transformers' flash attention, which looks for packed documents in a batch of one."""
+    model = _model("llama", "sdpa")
+    given = model.forward
+
+    def forward(input_ids: torch.Tensor, position_ids: torch.Tensor, **more: Any) -> Any:
+        whole = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        return given(input_ids, position_ids=whole if len(input_ids) > 1 else position_ids, **more)
+
+    model.forward = forward
+    assert not keeps_documents_apart(model)
+
+
 def test_a_cache_would_let_documents_see_each_other() -> None:
     """Why the module says ``use_cache=False``: with a cache transformers looks for no packing."""
     model = _model("llama", "sdpa")

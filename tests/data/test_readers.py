@@ -36,6 +36,22 @@ def test_parquet(tmp_path: Path) -> None:
     assert rows[1].content == {"text": "b"}
 
 
+def test_a_table_gives_a_call_no_arguments_that_only_other_calls_have(tmp_path: Path) -> None:
+    """Arrow joins the arguments of all calls into one type, and fills it up with nulls."""
+    calls = [{"name": "now", "arguments": {"tz": "CET"}}, {"name": "in", "arguments": {"at": "x"}}]
+    messages = [
+        [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "", "tool_calls": [one]},
+        ]
+        for one in ({"type": "function", "function": call} for call in calls)
+    ]
+    pq.write_table(pa.table({"messages": messages}), tmp_path / "train.parquet")
+    rows = list(iter_rows(Source(path=str(tmp_path / "train.parquet"))))
+    found = [row.content["messages"][1]["tool_calls"][0]["function"] for row in rows]
+    assert found == calls
+
+
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("hello")
     with pytest.raises(RequestError, match="not a readable parquet file"):

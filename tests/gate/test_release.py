@@ -302,6 +302,18 @@ def test_a_verdict_of_someone_elses_is_not_overwritten(
     assert left() == {"verdict": "mine"}
 
 
+@pytest.mark.parametrize("option", ["--markdown", "--junit"])
+def test_a_page_of_someone_elses_is_not_taken_away(
+    made: Path, here: Path, holdfast: Cli, option: str
+) -> None:
+    Path("NOTES.md").write_text("# Notes\n")
+    words = [str(made / "base"), str(made / "near"), "--gate", gate_file(made), option, "NOTES.md"]
+    done = holdfast("gate", *words)
+    assert done.code == 2
+    assert "'NOTES.md' was not written by `holdfast gate`" in done.err
+    assert Path("NOTES.md").read_text() == "# Notes\n"
+
+
 # --- selection and sealed ------------------------------------------------------------------------
 
 

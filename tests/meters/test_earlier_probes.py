@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from holdfast.artifact import RunFolder
 from holdfast.errors import RequestError
 from holdfast.meters.probes import load_items
 from holdfast.recipe import Recipe, load_recipe
@@ -72,6 +73,18 @@ def test_code_is_run_only_where_that_is_asked_for(stage: Callable[..., Recipe]) 
     assert "'functions', which runs what it writes: not judged here" in line
     _, earlier, unasked = stage(*items, train={"run_generated_code": True}).items()
     assert ([one.probe for one in earlier], unasked) == (["sums", "functions"], [])
+
+
+def test_they_are_found_where_a_run_was_moved_to(here: Path, stage: Callable[..., Recipe]) -> None:
+    """A run that went on from another keeps that one's probes in its own folder."""
+    stage()
+    there, then = here / "one" / "recipe.yaml", str(here / "then" / "earlier_probes.jsonl")
+    there.write_text(yaml.safe_dump(yaml.safe_load(there.read_text()) | {"probes": [then]}))
+    kept = write(here / "one" / "earlier_probes.jsonl", item("sums", 1, "guardrail"))
+    _, earlier, unasked = load_recipe(None, [], model="one", data="lesson.jsonl").items()
+    assert ([one.probe for one in earlier], unasked) == (["sums"], [])
+    assert load_recipe(there).probes == [kept]
+    assert RunFolder.open(here / "one").read_recipe()["probes"] == [kept]
 
 
 def test_margins_of_what_is_asked_again_go_on_unless_others_are_given(

@@ -42,6 +42,13 @@ def measured(model: Any, folder: Path, items: list[Item] = ITEMS, tokenizer: Any
     return [(r.name, r.items, r.answers, r.stderr, r.n, r.unit) for r in readings]
 
 
+def test_a_folder_that_cannot_be_written_loses_no_result(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    results = Results(tiny.tiny("Llama"), tiny.letters(), tmp_path / "file" / "below")
+    results.store(ITEMS, Outcome([1.0] * len(ITEMS), None))
+    assert results.find(ITEMS) is None
+
+
 def test_a_base_is_scored_once(tmp_path: Path, spied: list[str]) -> None:
     model = tiny.tiny("Llama")
     first = measured(model, tmp_path)

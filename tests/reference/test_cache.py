@@ -422,6 +422,19 @@ def test_the_command_line_builds_checks_and_is_resumed(
     assert holdfast("cache", "merge", "s1", "s2", "--out", "m", "--json").code == 0
 
 
+def test_a_cache_holds_what_a_budget_may_come_to_read(
+    here: Path, holdfast: Callable[..., Any], quick: list[str]
+) -> None:
+    """Where the anchor's share may be raised, more of the old rows are read than at its start."""
+    tiny.jsonl(here / "old.jsonl", [{"text": f"the cat sat on {n} mats"} for n in range(60)])
+    words = ["--model", "tiny", "--data", "lesson.jsonl", *quick, "budget.forgetting=9%"]
+    words += ["levers.replay.sources=[old.jsonl]", "levers.replay.fraction=0.1"]
+    words += ["levers.kl_anchor.self_generated.fraction=0", "train.steps=12"]
+    assert holdfast("cache", "build", *words, "--out", "c").code == 0
+    done = holdfast("train", *words, "levers.kl_anchor.cache=c", "--out", "run")
+    assert done.code in (0, 3, 4), done.err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

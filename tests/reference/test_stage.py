@@ -95,10 +95,17 @@ def test_an_adapter_on_an_adapter_is_merged_in_order(base: Path) -> None:
     torch.testing.assert_close(logits(load("two")), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_base_beside_an_adapter_goes_before_the_one_it_names(base: Path) -> None:
-    expected = adapter_on(load(base), Path("run/adapter"))
+def test_the_base_in_a_runs_folder_goes_before_the_one_its_adapter_names(base: Path) -> None:
+    expected = make_run(Path("run"), base)
     shutil.move(base, "run/base")
-    torch.testing.assert_close(logits(load("run/adapter")), expected, rtol=1e-4, atol=1e-4)
+    for path in ("run", "run/adapter"):
+        torch.testing.assert_close(logits(load(path)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_named_base_beside_anyone_elses_adapter_is_not_its_base(base: Path) -> None:
+    expected = adapter_on(load(base), Path("zoo/adapter"))
+    tiny.save(Path("zoo/base"), tiny.tiny("Llama", seed=9), tiny.letters())
+    torch.testing.assert_close(logits(load("zoo/adapter")), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tokenizer_and_revision_are_those_of_the_stage(base: Path) -> None:

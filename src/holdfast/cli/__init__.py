@@ -21,6 +21,7 @@ package imports neither torch nor pydantic: `holdfast --help` must be instant.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -34,6 +35,9 @@ from holdfast.errors import HoldfastError
 
 __all__ = ["app", "main"]
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+"""What the system says of a file that a user named and may not use."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; only our own bugs leave as exceptions."""
@@ -45,6 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error).splitlines(), error.exit_code, words)
     except typer.TyperException as error:
         return _fail([_usage(error)], error.exit_code, words)
+    except OSError as error:
+        if error.errno not in REFUSED or error.filename is None:
+            raise
+        why = (error.strerror or "cannot be used").lower()
+        problem = f"'{error.filename}': {why}; mend that, or name another"
+        return _fail([problem], 2, words)
     except (RuntimeError, MemoryError) as error:
         if not _out_of_memory(error):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -78,6 +79,7 @@ def build(
     from rich.console import Console
     from rich.progress import Progress
 
+    from holdfast.plan import settled
     from holdfast.prepare import load, prepare
     from holdfast.reference.build import build as build_cache
     from holdfast.reference.cache import Identity, check
@@ -86,6 +88,7 @@ def build(
         divergence = getattr(recipe.levers.kl_anchor, "divergence", None)
         kept = replace(kept, temperature=getattr(divergence, "temperature", 1.0))
     console = Console(stderr=as_json)
+    recipe = settled(recipe)
     tokenizer, base = load(recipe, console)
     identity = Identity.of(base, tokenizer, kept.temperature)
     prepared = prepare(recipe, tokenizer, base, out / "data", console)
@@ -158,7 +161,7 @@ def _recipe(settings: list[str] | None, **options: str | None) -> Any:
 
 
 def _rows(prepared: Prepared, on: str) -> Iterator[list[int]]:
-    """The documents that the run reads and is anchored on, each once."""
+    """The documents that the run may read and is anchored on, each once."""
     from holdfast.data.example import Role
 
     roles: dict[str, set[Role]] = {
@@ -166,20 +169,14 @@ def _rows(prepared: Prepared, on: str) -> Iterator[list[int]]:
         "task": {Role.TASK},
         "both": {Role.ANCHOR, Role.TASK},
     }
-    streams = prepared.streams
-    used = {
-        document
-        for step in range(prepared.steps)
-        for document in prepared.mixture.rows_at(step)
-        if streams[document[0]].role in roles[on]
-    }
-    if not used:
+    rows = prepared.rows_of(roles[on])
+    first = next(rows, None)
+    if first is None:
         raise RequestError(
             f"cache build: the run has no {on} rows; give --on task, or a recipe with "
             "levers.kl_anchor.self_generated.fraction above 0"
         )
-    for stream, row in sorted(used):
-        yield list(streams[stream].fetch(row)[0])
+    return chain([first], rows)
 
 
 def _show(folder: Path, found: dict[str, Any], as_json: bool) -> None:

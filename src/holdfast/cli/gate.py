@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from holdfast.gate.margins import Gate
     from holdfast.gate.release import Release
 
+LOOKS, SUITES = "looks at the sealed items:", '<testsuites name="holdfast gate"'
+"""What the page for people and the one for CI systems are known by."""
+
 
 def gate(
     base: Annotated[str, typer.Argument(help="Before; or a finished run, alone.")],
@@ -103,19 +106,24 @@ def _clear(out: Path, files: list[Path]) -> None:
             raise RequestError(f"'{path}' cannot be written; give a file in a folder that exists")
     if len({path.absolute() for path in files}) < len(files):
         raise RequestError("--out, --markdown and --junit name one file; give each its own")
-    if out.exists():
-        try:
-            record = json.loads(out.read_text(encoding="utf-8"))
-            ours = isinstance(record, dict) and "verdict" in record and "looks" in record
-        except (OSError, ValueError):
-            ours = False
-        if not ours:
+    for path in files:
+        if path.exists() and not _is_ours(path):
             raise RequestError(
-                f"--out: '{out}' was not written by `holdfast gate` and is not overwritten; give "
-                "another --out, or remove it"
+                f"'{path}' was not written by `holdfast gate` and is not overwritten; give another "
+                "name, or remove it"
             )
     for path in files:
         path.unlink(missing_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `_write` wrote a file: a record, or text with what only its pages have."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text) if text.startswith("{") else {}
+    except (OSError, ValueError):
+        return False
+    return {"verdict", "looks"} <= record.keys() or LOOKS in text or SUITES in text
 
 
 def _terms(tuned: str, file: Path | None, given: dict[str, Any]) -> GateFile:
@@ -195,4 +203,4 @@ def _show(found: Release, console: Console, files: list[Path]) -> None:
 
 
 def _looks(found: Release) -> str:
-    return f"looks at the sealed items: {found.looks.sentence(found.verdict.alpha)}"
+    return f"{LOOKS} {found.looks.sentence(found.verdict.alpha)}"

@@ -84,8 +84,9 @@ def encode_all(
     that write at once one wins.
 
     Returns:
-        The dataset, with columns ``input_ids`` (list of int32), ``loss_mask`` (list of bool) and
-        ``domain`` (string or null), a row for each document; and what became of the rows.
+        The dataset, with columns ``input_ids`` (list of int32), ``loss_mask`` (list of bool),
+        ``domain`` (string or null) and ``source_row`` (which of `rows` it is of, from 0), a row for
+        each document; and what became of the rows.
     """
     from datasets import Dataset
 
@@ -97,8 +98,8 @@ def encode_all(
             whole.mkdir()
             report = EncodeReport()
             examples = (
-                example
-                for row in rows
+                (number, example)
+                for number, row in enumerate(rows)
                 for example in encode(row, tokenizer, max_length=max_length, report=report)
             )
             _write(examples, whole / "rows.arrow")
@@ -212,8 +213,8 @@ def _with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase, row: Row) -> l
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
-def _write(examples: Iterator[Example], file: Path) -> None:
-    """Write examples as an Arrow stream, a thousand at a time."""
+def _write(examples: Iterator[tuple[int, Example]], file: Path) -> None:
+    """Write numbered examples as an Arrow stream, a thousand at a time."""
     import pyarrow as pa
 
     schema = pa.schema(
@@ -221,9 +222,10 @@ def _write(examples: Iterator[Example], file: Path) -> None:
             "input_ids": pa.list_(pa.int32()),
             "loss_mask": pa.list_(pa.bool_()),
             "domain": pa.string(),
+            "source_row": pa.int64(),
         }
     )
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
         while some := list(islice(examples, 1000)):
-            columns = {name: [getattr(e, name) for e in some] for name in schema.names}
-            stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+            columns = [vars(example) | {"source_row": number} for number, example in some]
+            stream.write_batch(pa.RecordBatch.from_pylist(columns, schema=schema))

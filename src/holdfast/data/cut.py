@@ -20,9 +20,8 @@ class Cut(NamedTuple):
 def cut(input_ids: list[int], loss_mask: list[bool], max_length: int, bos: int | None) -> Cut:
     """Shorten a document so that it still teaches something.
 
-    The end is cut off if a response token survives that. Otherwise the prompt alone fills
-    ``max_length``: it loses its beginning (a BOS stays), and the response gets half of
-    ``max_length``, or as much as it has if that is less.
+    The end is cut off where that leaves the first response half of ``max_length``, or as much as
+    it has if that is less. Otherwise the prompt loses its beginning (a BOS stays), so that it does.
 
     Args:
         input_ids: (n,) the document.
@@ -33,11 +32,10 @@ def cut(input_ids: list[int], loss_mask: list[bool], max_length: int, bos: int |
     if len(input_ids) <= max_length:
         return Cut(input_ids, loss_mask, prompt=False, response=False)
     first = loss_mask.index(True)
-    if first < max_length:
+    room = min(len(input_ids) - first, max_length // 2)
+    if first + room <= max_length:
         lost = any(loss_mask[max_length:])
         return Cut(input_ids[:max_length], loss_mask[:max_length], prompt=False, response=lost)
-    tail = len(input_ids) - first
-    room = min(tail, max_length // 2)
     kept = max_length - room
     prompt = input_ids[first - kept : first]
     if input_ids[0] == bos:

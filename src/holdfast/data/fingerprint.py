@@ -14,7 +14,7 @@ from holdfast.data.rows import Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 1
+_VERSION = 2
 """Raise it when the same row would become other tokens, so that no stale cache is read."""
 
 

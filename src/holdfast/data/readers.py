@@ -138,9 +138,14 @@ def _number(rows: Dataset, name: str) -> Iterator[Record]:
         yield f"{name} row {index}", _without_nulls(row)
 
 
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Columns that a row does not use are null in a table; for us they are not there."""
-    return {key: value for key, value in row.items() if value is not None}
+def _without_nulls(value: Any) -> Any:
+    """What a row does not use is null in a table, at any depth; for us it is not there.
+
+    Arrow has one type for a column: a tool call has every argument that any row's call has.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value
 
 
 def _read_lines(file: Path, name: str) -> Iterator[Record]:

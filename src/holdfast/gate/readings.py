@@ -105,7 +105,8 @@ def _readings(folder: RunFolder) -> tuple[list[Reading], list[Reading]]:
     """What the gate judged of the sealed split, before and after, with single items."""
     tags = {(r["meter"], r["name"]): tuple(r["tags"]) for r in folder.records()}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for line in (folder.path / "items.jsonl").read_text(encoding="utf-8").splitlines():
+    # not splitlines: an answer may hold a line separator of Unicode's
+    for line in (folder.path / "items.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
         item = json.loads(line)
         key = item["meter"], item["name"]
         if item["split"] == "sealed" and is_judged(item["meter"], tags.get(key, ())):

@@ -100,8 +100,9 @@ class Adapter(Lever):
         """`auto` replaced by what it means for a model of so many parameters."""
         if self.method.lower() != "auto":
             return self
-        small = parameters < SMALL and self.model_fields_set <= {"method"}
-        return self.model_copy(update={"method": "none" if small else "lora"})
+        nothing_else = self.model_dump(exclude_defaults=True).keys() <= {"method"}
+        full = parameters < SMALL and nothing_else
+        return self.model_copy(update={"method": "none" if full else "lora"})
 
     @property
     def off(self) -> bool:

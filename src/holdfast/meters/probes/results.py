@@ -11,12 +11,14 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast import model as models
 from holdfast.data.fingerprint import of_tokenizer
+from holdfast.errors import HoldfastError
 from holdfast.files import cache_folder, write_text
 from holdfast.meters.probes.items import Item
 
@@ -70,12 +72,12 @@ class Results:
         return Outcome(values, answers) if sound else None
 
     def store(self, items: Sequence[Item], outcome: Outcome) -> None:
-        """Write it whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write it whole or not at all; where the folder cannot be written, it is read anew."""
         plain = {"values": outcome.values, "answers": outcome.answers}
-        write_text(
-            self._path(items), json.dumps({"outcome": plain, "sha256": _digest(plain)}) + "\n"
-        )
+        text = json.dumps({"outcome": plain, "sha256": _digest(plain)}) + "\n"
+        with suppress(OSError, HoldfastError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self._path(items), text)
 
     def _path(self, items: Sequence[Item]) -> Path:
         name = _digest([self._base, [item.model_dump(mode="json") for item in items]])
