@@ -30,7 +30,14 @@ PROBES = [
     {"id": f"{n}", "probe": "sums", "kind": "nll", "prompt": f"{n} + 1 =", "target": f" {n + 1}."}
     for n in range(8)
 ] + [
-    {"id": f"w{n}", "probe": "words", "kind": "exact", "prompt": "a", "target": "b", "stop": ["."]}
+    {
+        "id": f"w{n}",
+        "probe": "words",
+        "kind": "exact",
+        "prompt": f"a {n}",
+        "target": "b",
+        "stop": ["."],
+    }
     for n in range(4)
 ]
 ROWS = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}."} for n in range(24)]

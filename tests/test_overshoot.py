@@ -53,6 +53,29 @@ def settled(way: Way, budget: str = "1%"):  # type: ignore[no-untyped-def]
     return settle(way.start, way.read, [reading(0.0)], {"canary": budget}, 0.05)
 
 
+def test_in_half_precision_rounding_does_not_add_up() -> None:
+    """A weight drawn back by several tries is where one draw from both ends puts it."""
+    model = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    began = model.weight.detach().clone()
+    start = Start(model)
+    with torch.no_grad():
+        model.weight += 0.01 * torch.randn_like(model.weight)
+    end, put = model.weight.detach().clone(), start.way()
+    for position in (0.37, 0.9, 0.11, 0.8):
+        put(position)
+    expected = (began.float() + 0.8 * (end.float() - began.float())).bfloat16()
+    assert torch.equal(model.weight, expected)
+    put(1.0)
+    assert torch.equal(model.weight, end)
+
+
+def test_a_budget_that_nothing_was_read_for_is_not_said_to_be_kept() -> None:
+    way = Way(end=0.02)
+    found = settle(way.start, lambda: [], [reading(0.0)], {"gsm8k": "2pt"}, 0.05)
+    assert str(found).startswith("nothing that has a budget was read")
+    assert way.gone == 1.0
+
+
 def test_what_is_within_stays_where_it_is() -> None:
     way = Way(end=0.0085)
     found = settled(way)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from holdfast.between import FINEST, between, block_of
+from holdfast.cli import rewind as rewind_command
 from holdfast.data.rows import Source
 from holdfast.errors import RequestError
 from holdfast.gate.margins import Gate
@@ -309,6 +311,19 @@ def test_what_cannot_be_rewound_is_refused(made: Path, tmp_path: Path) -> None:
             str(made / "base"), str(made / "tuned"), Texts(texts(made).canary, [str(file)]),
             rule="shown",
         )  # fmt: skip
+
+
+def test_margins_of_the_command_line_go_over_those_of_the_run(
+    finished_run: Path, here: Path
+) -> None:
+    shutil.copytree(finished_run, here / "run")
+    written = yaml.safe_load((here / "run" / "recipe.yaml").read_text())
+    written["gate"] |= {"alpha": 0.01, "margins": {"canary": "2%", "sums": "3pt"}}
+    (here / "run" / "recipe.yaml").write_text(yaml.safe_dump(written))
+    gate = rewind_command._gate(["sums=5pt"], "run")
+    assert gate is not None
+    assert (gate.alpha, gate.margins) == (0.01, {"canary": "2%", "sums": "5pt"})
+    assert rewind_command._gate(None, "run") is None
 
 
 def test_the_command_shows_the_frontier(made: Path, tmp_path: Path, holdfast: Cli) -> None:

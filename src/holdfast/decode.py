@@ -34,7 +34,7 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from holdfast.errors import RequestError
+from holdfast.errors import NotFiniteError, RequestError
 from holdfast.model import causal_lm
 from holdfast.slots import Past, Slots, read, shapes
 
@@ -337,7 +337,7 @@ class _Desk:
         lengths = self.written_S[slots].tolist()
         found = [(s, self.out_SN[s, :n].tolist()) for s, n in zip(slots, lengths, strict=True)]
         if any(tokens[-1] < 0 for _, tokens in found):
-            raise RequestError(
+            raise NotFiniteError(
                 "the model's logits are not numbers (NaN), so it can write nothing; "
                 "check its weights, or set model.dtype to float32"
             )

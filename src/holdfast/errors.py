@@ -30,6 +30,10 @@ class RequestError(HoldfastError, ValueError):
         super().__init__("\n".join(self.problems))
 
 
+class NotFiniteError(RequestError):
+    """A model whose logits are not numbers, of which nothing can be read."""
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """A hint for a mistyped name: ``did you mean 'kl_anchor'?``, or what is allowed."""
     allowed = sorted(allowed)

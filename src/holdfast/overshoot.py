@@ -61,6 +61,8 @@ class Settled:
         return self.scale >= FAR and self.estimate <= AIM
 
     def __str__(self) -> str:
+        if self.worst == -math.inf:
+            return "nothing that has a budget was read while training; the gate alone judges it"
         where = f"{self.culprit} is at most at {self.worst:.2f}"
         if self.worst > MOST:
             where += f" (no rise is estimated at more than {self.estimate:.2f})"
@@ -88,18 +90,16 @@ def settle(
         budget: as in `levers.forgetting`.
         alpha: level of each one-sided bound.
     """
-    scale, seen = 1.0, list[Settled]()
-
-    def at(new: float) -> Settled:
-        nonlocal scale
-        start.scale(new / scale)
-        scale = new
-        seen.append(Settled(new, *_worst(rises(before, read(), budget), alpha)))
-        return seen[-1]
-
-    last = at(1.0)
+    last = Settled(1.0, *_worst(rises(before, read(), budget), alpha))
     if last.worst <= MOST:
         return last
+    seen, put = [last], start.way()
+
+    def at(scale: float) -> Settled:
+        put(scale)
+        seen.append(Settled(scale, *_worst(rises(before, read(), budget), alpha)))
+        return seen[-1]
+
     whole, nearest, far = math.log(last.worst / AIM), math.log(LEAST), math.log(FAR)
     if whole + 2 * far > 0 and last.estimate * FAR**2 <= AIM:
         at(FAR)
@@ -121,7 +121,7 @@ def settle(
     best = best or min(likely, key=lambda one: one.worst, default=None)
     if best is None:
         return at(0.0)
-    start.scale(best.scale / scale)
+    put(best.scale)
     return best
 
 

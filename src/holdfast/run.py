@@ -20,9 +20,9 @@ from holdfast.assemble import Watch, assemble, wrap
 from holdfast.data.example import EncodeReport, Role
 from holdfast.data.mixer import FILE as MIXER
 from holdfast.errors import RequestError
-from holdfast.gate.beforehand import capabilities
+from holdfast.gate.beforehand import Capability, capabilities, undecidable
 from holdfast.gate.looks import look
-from holdfast.gate.verdict import GateResult, decide, halted
+from holdfast.gate.verdict import GateResult, decide, halted, is_judged
 from holdfast.levers import forgetting
 from holdfast.lineage import locate
 from holdfast.measure import Measure, lesson_documents
@@ -130,6 +130,7 @@ def train(
             folder.save_before(before)
         budget = recipe.levers.forgetting.budget
         warn(forgetting.warnings(before, budget), prepared.setup, console)
+        warn(_cannot_pass(recipe, before), prepared.setup, console)
         routed = measure.routed(base)
         trainer = assemble(prepared, folder, measure, before, console, watch)
     _keep_mixer(recipe, folder.path)
@@ -219,6 +220,13 @@ def _refuse_early(recipe: Recipe) -> None:
         return  # `load` says in its own words what is wrong with it
     with suppress(NotImplementedError):  # a method that must look at the weights
         wrap(recipe, bare)
+
+
+def _cannot_pass(recipe: Recipe, before: Sequence[Reading]) -> list[str]:
+    """What the gate will not let pass however the run ends, for it has too few sealed items."""
+    judged = [r for r in before if r.split == "sealed" and is_judged(r.meter, r.tags)]
+    read = [Capability.of(reading) for reading in judged]
+    return undecidable(recipe.gate, read) if recipe.gate.enabled else []
 
 
 def _settled(

@@ -375,6 +375,21 @@ def edited(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new, 1))
 
 
+def test_what_a_run_failed_by_without_items_stands(run: Path, holdfast: Cli) -> None:
+    """An alarm that ended it, and a domain that was not read after: no margin mends that."""
+    record = json.loads((run / "verdict.json").read_text())
+    alarm = {"name": "canary/prose", "meter": "alarm", "kind": "guardrail", "n": 0}
+    failed = {"decisive": True, "verdict": "FAIL", "reason": "has risen"}
+    gone = alarm | {"name": "base samples", "meter": "canary", "kind": "canary"}
+    for row in (alarm, gone):
+        record["rows"] = [row | failed]
+        (run / "verdict.json").write_text(json.dumps(record))
+        done = holdfast("gate", str(run), "--margin", "canary=90%")
+        assert (done.code, left()["verdict"]) == (3, "FAIL")
+        rows = [one for one in left()["rows"] if one["name"] == row["name"]]
+        assert [one["reason"] for one in rows] == ["has risen"]
+
+
 def other_weights(run: Path) -> None:
     file = next(run.glob("*/*.safetensors"))
     weights = load_file(file)

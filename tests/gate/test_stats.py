@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
+from scipy.linalg import sqrtm
 
 from holdfast.gate.stats import (
     Verdict,
@@ -122,21 +123,37 @@ def test_skewed_bounds_solve_halls_equation_and_are_never_inside_those_of_t(seed
 
 
 def test_clustered_errors_equal_a_sandwich_written_by_hand():
-    """Double sum over pairs of items in one cluster (Miller 2024), small-sample factor apart."""
+    """CR2 of a regression on a constant, with its matrices (Bell & McCaffrey 2002, eq. 8)."""
     rng = np.random.default_rng(1)
     clusters = [f"doc{k}" for k in rng.integers(0, 9, 60)]
     shift = defaultdict(rng.normal)
     d = np.array([shift[c] + rng.normal() for c in clusters])
-    e = d - d.mean()
-    total = sum(e[i] * e[j] for i in range(60) for j in range(60) if clusters[i] == clusters[j])
-    groups = len(set(clusters))
-    stderr = math.sqrt(total * groups / (groups - 1)) / 60
+    e, hat = d - d.mean(), np.full((60, 60), 1 / 60)
+    sums = []
+    for one in dict.fromkeys(clusters):
+        here = np.flatnonzero(np.array(clusters) == one)
+        inverse = np.linalg.inv(np.eye(len(here)) - hat[np.ix_(here, here)])
+        sums.append(float((sqrtm(inverse).real @ e[here]).sum()))
+    stderr = math.sqrt(sum(one**2 for one in sums)) / 60
     difference = paired_difference(np.zeros(60), d, clusters=clusters, alpha=0.1)
-    assert difference.stderr == pytest.approx(stderr, rel=1e-12)
-    t = stats.t(groups - 1).isf(0.1)
-    sums = np.array([sum(e[i] for i in range(60) if clusters[i] == c) for c in {*clusters}])
-    assert difference.lower == pytest.approx(d.mean() - max(t, hall(sums, t)) * stderr, rel=1e-9)
-    assert stderr_of_mean(d, clusters) == pytest.approx(stderr, rel=1e-12)
+    assert difference.stderr == pytest.approx(stderr, rel=1e-9)
+    kish = 60**2 / sum(count**2 for count in Counter(clusters).values())
+    t = stats.t(kish - 1).isf(0.1)
+    reach = max(t, hall(np.array(sums), t)) * stderr
+    assert difference.lower == pytest.approx(d.mean() - reach, rel=1e-9)
+    assert stderr_of_mean(d, clusters) == pytest.approx(stderr, rel=1e-9)
+
+
+@pytest.mark.parametrize("largest", [40, 200])
+def test_where_one_cluster_is_most_of_the_items_nothing_is_decided(largest):
+    """99 items and one cluster of as many: its own change could be anything."""
+    clusters = [*map(str, range(99)), *["text"] * largest]
+    d = np.array([0.3, -0.3, 0.1] * 33 + [0.1] * largest)
+    found = paired_difference(np.zeros(len(d)), d, clusters=clusters)
+    assert (found.lower, found.upper) == (-math.inf, math.inf)
+    assert non_inferiority(found, 0.5) is Verdict.INCONCLUSIVE
+    graded = paired_difference(np.full(len(d), 0.5), 0.5 + d, clusters=clusters, bounded=True)
+    assert (graded.lower, graded.upper) == (-1, 1)
 
 
 def test_duplicating_every_item_within_its_cluster_adds_no_certainty():
@@ -307,6 +324,20 @@ def test_ignoring_the_clusters_would_break_the_level():
         d = -0.02 + np.repeat(rng.normal(0, 0.05, 20), 4) + rng.normal(0, 0.05, 80)
         passed += non_inferiority(paired_difference(np.zeros(80), d), 0.02) is Verdict.PASS
     assert passed / 500 > 0.05 + 3 * math.sqrt(0.05 * 0.95 / 500)
+
+
+def test_level_for_clusters_of_unlike_size():
+    """60 clusters, the largest a tenth of all items; each falls whole at the rate of the margin."""
+    rng = np.random.default_rng(10)
+    sizes = np.maximum(1, rng.lognormal(1, 0.8, 60).round()).astype(int)
+    clusters = [str(g) for g in np.repeat(np.arange(60), sizes)]
+
+    def compare():
+        u = np.repeat(rng.random(60), sizes)
+        before, after = (u < 0.2) | (u > 0.6), (u > 0.2) & (u < 0.3) | (u > 0.6)
+        return paired_difference(before, after, clusters=clusters, bounded=True), 0.1
+
+    false_passes(1000, compare)
 
 
 def test_level_for_clustered_scores_where_few_clusters_change():

@@ -139,6 +139,22 @@ class TestBits:
         mask = [False] * len(head) + [True] * len(tail)
         assert predicted_bytes(Scored(head + tail, mask), tokenizer) == len(" så high".encode())
 
+    def test_a_window_that_ends_within_a_letter_has_its_bytes_once(self, tiny_model: Path) -> None:
+        """Four bytes of one sign, a token each, in two windows."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        ids = [tokenizer.bos_token_id or 0, *tokenizer("🙂", add_special_tokens=False)["input_ids"]]
+        windows = [
+            document(ids[:3], [False, True, True], "d", "row 1"),
+            document([ids[0], *ids[3:]], [False] + [True] * len(ids[3:]), "d", "row 1"),
+        ]
+        nats = {window.id: 1.0 for window in windows}
+        one = Reading("canary", "d", "sealed", 4, 1.0, 0.1, 2, "nats", items=nats)
+        (bits,) = read_bits([one], windows, tokenizer)
+        tokens = len(ids) - 1
+        assert bits.value == pytest.approx(tokens / len("🙂".encode()) / math.log(2))
+
     def test_parts_are_added_up(self) -> None:
         text = Scored(list(range(8)), [True, True, False, True, True, False, False, True])
         assert predicted_bytes(text, tiny.letters()) == 4  # the first is predicted by nothing

@@ -42,6 +42,15 @@ def measured(model: Any, folder: Path, items: list[Item] = ITEMS, tokenizer: Any
     return [(r.name, r.items, r.answers, r.stderr, r.n, r.unit) for r in readings]
 
 
+def test_other_end_tokens_are_other_answers(tmp_path: Path) -> None:
+    """generation_config.json decides where an answer ends, too."""
+    model = tiny.tiny("Llama")
+    Results(model, TOKENIZER, tmp_path).store(ITEMS, Outcome([1.0] * 3, None))
+    assert Results(model, TOKENIZER, tmp_path).find(ITEMS) is not None
+    model.generation_config.eos_token_id = [tiny.EOS, tiny.BOT]
+    assert Results(model, TOKENIZER, tmp_path).find(ITEMS) is None
+
+
 def test_a_folder_that_cannot_be_written_loses_no_result(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     results = Results(tiny.tiny("Llama"), tiny.letters(), tmp_path / "file" / "below")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import tiny
 from holdfast.errors import RequestError
-from holdfast.meters import HALVES
-from holdfast.meters.probes import Item, load_items, read_probes, require_both_halves
+from holdfast.meters import HALVES, half_of
+from holdfast.meters.probes import Item, Results, load_items, read_probes, require_both_halves
 
 MODEL = tiny.tiny("Llama")
 TOKENIZER = tiny.letters(tiny.CHAT)
@@ -251,13 +251,30 @@ def test_an_item_longer_than_the_context_is_named_by_its_line(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["exact", "nll"])
-def test_a_model_of_nan_is_refused(kind: Any) -> None:
+def test_a_model_of_nan_is_read_as_nan(kind: Any, tmp_path: Path) -> None:
+    """And nothing is kept of it: whether that ends a run or is refused is up to who asked."""
     model = tiny.tiny("Llama")
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
     item = Item(id="1", probe="p", kind=kind, prompt="a", target="b")
-    with pytest.raises(RequestError, match="not numbers"):
-        read_probes(model, TOKENIZER, [item], 0)
+    results = Results(model, TOKENIZER, tmp_path / "kept")
+    (found,) = read_probes(model, TOKENIZER, [item], 0, results=results)
+    assert math.isnan(found.value)
+    assert math.isnan(found.items["1"])
+    assert not (tmp_path / "kept").exists()
+
+
+def test_items_that_ask_the_same_are_one_cluster_in_one_half(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "probe": "p", "kind": "exact", "prompt": f"{n % 9}", "target": "b"}
+            for n in range(30)]  # fmt: skip
+    rows += [rows[0] | {"id": "own", "cluster": "mine"}, rows[0] | {"probe": "other"}]
+    *items, own, other = load_items([str(tiny.jsonl(tmp_path / "p.jsonl", rows))])
+    by_prompt = {item.prompt: (item.cluster, item.split) for item in items}
+    assert [(item.cluster, item.split) for item in items] == [by_prompt[i.prompt] for i in items]
+    assert len({cluster for cluster, _ in by_prompt.values()}) == 9
+    # the half of the first of them is what it was without the others
+    assert all(one.split == half_of(f"p/{one.id}") for one in items[:9])
+    assert (own.cluster, other.cluster) == ("mine", None)
 
 
 # ---- reading the files

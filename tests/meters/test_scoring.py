@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse, Replace, Sequence, Strip
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import tiny
 from holdfast import decode
@@ -61,6 +65,15 @@ def test_batches_hold_each_text_once_and_stay_within_the_budget(
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+def test_an_answer_keeps_the_space_that_its_tokenizer_takes_off_a_text() -> None:
+    """As SentencePiece's decoders do: code that goes on after a prompt would lose its indent."""
+    words = Tokenizer(WordLevel({"▁▁": 0, "▁": 1, "x": 2, "y": 3, "?": 4}, unk_token="?"))
+    words.decoder = Sequence([Replace("▁", " "), Fuse(), Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert tokenizer.decode([0, 3]) == " y"
+    assert scoring._after([1, 2], [0, 3], tokenizer) == "  y"
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -29,7 +29,9 @@ def import_(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The file; it must not exist yet.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Items.")] = 200,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Items; 200, of multilingual 300.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     data: Annotated[
         list[str] | None,
@@ -59,12 +61,13 @@ def import_(
         raise RequestError(f"--out: folder '{out.parent}' does not exist; make it, or give another")
     from holdfast.meters.importing import Frozen
     from holdfast.meters.probes import TAGS, load_items, write_items
-    from holdfast.meters.probes.presets import import_probe
+    from holdfast.meters.probes.presets import PRESETS, Preset, import_probe
 
     for word in tag or ():
         if word not in TAGS:
             raise RequestError(f"--tag: '{word}' is none; {did_you_mean(word, TAGS)}")
-    how: dict[str, Any] = {"count": n, "seed": seed, "shots": shots, "data": tuple(data or ())}
+    count = n or PRESETS.get(task, Preset("")).items
+    how: dict[str, Any] = {"count": count, "seed": seed, "shots": shots, "data": tuple(data or ())}
     how |= {"probe": probe, "tags": tuple(tag or ["guardrail"]), "filter": filter_, "chat": chat}
     write_items(out, import_probe(task, Frozen(**how), max_new_tokens))
     _print(out, load_items([str(out)]), as_json)

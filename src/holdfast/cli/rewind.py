@@ -69,7 +69,7 @@ def rewind(
         texts,
         path=_one_of("--path", path, rewinding.PATHS),
         rule=_one_of("--rule", rule, RULES),
-        gate=_gate(margin),
+        gate=_gate(margin, tuned),
         out=out,
         tokenizer=tokenizer,
         dtype=dtype_of(dtype),
@@ -83,11 +83,17 @@ def rewind(
     raise typer.Exit(found.verdict.exit_code if found.verdict else 3)
 
 
-def _gate(margins: list[str] | None) -> Gate | None:
-    """Margins of the command line; None where none were given."""
+def _gate(margins: list[str] | None, tuned: str) -> Gate | None:
+    """The run's gate, or the default one, with the command line's margins over it; None: none."""
     from holdfast.gate.verdict import Gate
+    from holdfast.pair import of_run
 
-    return validated(Gate, {"margins": margins_of(margins)}, "--margin") if margins else None
+    if not margins:
+        return None
+    theirs = of_run(tuned)
+    gate = theirs[1] if theirs else Gate()
+    over = {**gate.margins, **margins_of(margins)}
+    return validated(Gate, {**gate.model_dump(), "margins": over}, "--margin")
 
 
 def _one_of(option: str, word: str, allowed: tuple[str, ...]) -> Any:

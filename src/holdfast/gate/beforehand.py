@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from pathlib import Path
 from holdfast.errors import RequestError, did_you_mean
 from holdfast.gate.margins import DEFAULT_MARGINS, UNIT_OF, Gate, Margin, candidate_keys
 from holdfast.gate.stats import paired_difference
-from holdfast.meters.probes import Item
+from holdfast.meters import Reading
+from holdfast.meters.probes.items import Item, content
 
 SHOWN = 8
 """Item ids that are named at once."""
@@ -28,6 +28,12 @@ class Capability:
     tags: tuple[str, ...]
     clusters: tuple[str, ...]
     """Of each sealed item."""
+
+    @classmethod
+    def of(cls, reading: Reading) -> Capability:
+        """What a reading was taken of."""
+        clusters = tuple(reading.clusters.get(item, item) for item in reading.items)
+        return cls(reading.meter, reading.name, reading.unit, reading.tags, clusters)
 
 
 def capabilities(items: Iterable[Item], canary: Mapping[str, Sequence[str]]) -> list[Capability]:
@@ -101,9 +107,13 @@ def require_decidable(gate: Gate, read: Sequence[Capability]) -> None:
     Raises:
         RequestError: a line for each capability, with the items it takes.
     """
-    problems = [line for c in read if (line := _undecidable(gate, c))]
-    if problems:
+    if problems := undecidable(gate, read):
         raise RequestError(*problems)
+
+
+def undecidable(gate: Gate, read: Sequence[Capability]) -> list[str]:
+    """A line for each capability that could not pass; see `require_decidable`."""
+    return [line for one in read if (line := _undecidable(gate, one))]
 
 
 def _undecidable(gate: Gate, one: Capability) -> str:
@@ -125,13 +135,13 @@ def _undecidable(gate: Gate, one: Capability) -> str:
         return ""
     if margin.unit == "%":
         return (
-            f"{one.name}: {_counted(one)} could never pass: one text alone has no spread to judge "
-            "a margin by; give more texts, such as 200"
+            f"{one.name}: {_counted(one)} could never pass: one text alone, or one that is most of "
+            "them, has no spread to judge a margin by; give more texts, such as 200"
         )
     return (
         f"{one.name}: {_counted(one)} could never pass: with not one answer changed, a fall of up "
         f"to {100 * fall:.1f}pt is still possible, and the margin is {margin}; give at least "
-        f"{_enough(gate.alpha, accepted)} {'clusters' if _grouped(one) else 'items'}, "
+        f"{_enough(gate.alpha, accepted)} {'clusters of one size' if _grouped(one) else 'items'}, "
         "or a wider margin"
     )
 
@@ -190,12 +200,6 @@ def require_apart(sealed: Iterable[Item], selection: Iterable[Item]) -> None:
 def _pair(sealed: Item, chosen_by: Item) -> str:
     one, other = (f"{item.probe}/{item.id}" for item in (sealed, chosen_by))
     return one if one == other else f"{one} (= {other})"
-
-
-def content(item: Item) -> str:
-    """A hash of what an item asks and takes for right: not of its name, tags or cluster."""
-    asked = item.model_dump(mode="json", exclude={"id", "probe", "tags", "cluster"})
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def require_unchanged(recorded: Mapping[str, str], found: Mapping[str, str], where: str) -> None:

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from holdfast.errors import RequestError
 from holdfast.files import cache_folder
-from holdfast.gate.beforehand import content
 from holdfast.lineage import locate
 from holdfast.meters import Reading
-from holdfast.meters.probes import Item
+from holdfast.meters.probes.items import Item, content
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class Looks:
         return (
             f"model {self.most} of this base that is judged on them "
             f"({some}); if the earlier verdicts led to this model, a false PASS has a chance of up "
-            f"to {min(1.0, self.most * alpha):.0%}, not {alpha:.0%}: fresh items mend that"
+            f"to {100 * min(1.0, self.most * alpha):.3g}%, not {100 * alpha:.3g}%: "
+            "fresh items mend that"
         )
 
 

@@ -17,7 +17,7 @@ from holdfast.gate.beforehand import Capability, hashes, require_known
 from holdfast.gate.looks import look
 from holdfast.gate.margins import Gate
 from holdfast.gate.release import Release
-from holdfast.gate.verdict import decide, is_judged
+from holdfast.gate.verdict import decide, is_judged, standing
 from holdfast.meters import Reading, Split
 from holdfast.meters.probes import load_items
 
@@ -41,8 +41,7 @@ def judge_run(run: Path, gate: Gate | None = None) -> Release:
     _require_same_probes(probes, str(recipe["resolved"].get("probes_sha256", "")), run)
     gate = gate or Gate.model_validate({**(recipe.get("gate") or {}), "enabled": True})
     before, after = _readings(folder)
-    read = [Capability(r.meter, r.name, r.unit, r.tags, tuple(r.clusters.values())) for r in before]
-    require_known(gate, read)
+    require_known(gate, [Capability.of(reading) for reading in before])
     resolved, base = recipe["resolved"], recipe["model"]["path"]
     about = {
         "base": {"path": base, "weights_sha256": resolved["weights_sha256"]},
@@ -51,7 +50,8 @@ def judge_run(run: Path, gate: Gate | None = None) -> Release:
         "sha256": record["sha256"],
     }
     looks = look(base, str(run), load_items(probes), before, resolved["weights_sha256"])
-    return Release(decide(before, after, gate), looks, about)
+    verdict = standing(decide(before, after, gate), record.get("rows", ()), gate)
+    return Release(verdict, looks, about)
 
 
 def _verdict(folder: RunFolder) -> dict[str, Any]:

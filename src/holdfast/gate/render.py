@@ -114,7 +114,8 @@ def cells(row: Row) -> tuple[str, ...]:
 def confidence(result: GateResult) -> str:
     """What the brackets mean."""
     return (
-        f"Change: after minus before on the same items, with one-sided {1 - result.alpha:.0%} "
+        f"Change: after minus before on the same items, with one-sided "
+        f"{100 * (1 - result.alpha):.4g}% "
         "bounds in brackets; accuracies in points, losses in nats (a rise is worse)."
     )
 

@@ -5,10 +5,11 @@ Orientation: higher is better. For a loss, the caller passes the negated values.
 Each bound is one-sided at level `alpha`, so `[lower, upper]` is a two-sided interval of level
 `1 - 2 alpha`: testing at the lower bound is exactly the one-sided non-inferiority test.
 
-Sources: Miller 2024 (arXiv 2411.00640), clustered and paired errors of evaluations; Tango 1998
-(Statistics in Medicine 17:891-908), score interval of a paired difference of proportions;
-Wilson 1927 (JASA 22:209-212), interval of one proportion; Hall 1992 (JRSS-B 54:221-228), removal
-of skewness by a monotone transformation.
+Sources: Miller 2024 (arXiv 2411.00640), clustered and paired errors of evaluations; Bell &
+McCaffrey 2002 (Survey Methodology 28:169-181) and Kish 1965 (Survey Sampling), clusters of unlike
+size; Tango 1998 (Statistics in Medicine 17:891-908), score interval of a paired difference of
+proportions; Wilson 1927 (JASA 22:209-212), interval of one proportion; Hall 1992 (JRSS-B
+54:221-228), removal of skewness by a monotone transformation.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ Array = NDArray[np.float64]
 
 FEW_CLUSTERS = 10
 """With fewer clusters than this that differ at all, their spread says little about the variance."""
+MOST_OF_ALL, TIMES_THE_MEAN = 1 / 4, 3.0
+"""A cluster that holds more of the items than the one, and more than the other times what one holds
+on average, is most of the estimate, and nothing shows how it varies: no bound holds its level."""
 
 
 class Verdict(StrEnum):
@@ -74,7 +78,8 @@ def paired_difference(
         bounded: the values are scores in 0..1 (accuracies) rather than losses.
 
     Method:
-        losses: cluster-robust paired t, corrected for skewness (`_reach`). Losses are continuous,
+        losses: cluster-robust paired t, corrected for skewness (`_reach`), with as many degrees of
+            freedom as Kish's effective number of clusters has. Losses are continuous,
             so a difference of exactly zero on every item means that both models compute the same
             thing there, and the interval of zero width is then the right one.
         0/1 scores, no clusters: Tango's score interval; never of zero width, not even when no
@@ -108,7 +113,7 @@ def paired_difference(
         )
 
     stderr = _clustered_stderr(difference_N, index)
-    down, up = _reach(difference_N, index, alpha) if groups > 1 else (math.inf, math.inf)
+    down, up = _reach(difference_N, index, alpha)
     lower, upper, method = estimate - down, estimate + up, "cluster t"
     if groups == len(x):
         method = "paired t"
@@ -180,10 +185,10 @@ def items_needed(difference: PairedDifference, margin: float, power: float = 0.8
 def stderr_of_mean(values: ArrayLike, clusters: Sequence[str] | None = None) -> float:
     """Standard error of the mean of one reading's items.
 
-    Clustered (Miller 2024, eq. 4) with the small-sample factor G / (G - 1). For 0/1 values without
-    spread (all right, all wrong) that would be 0, which nobody believes: then half the width of
-    Wilson's 95 % interval over 1.96, `(z / (2 (G + z^2)))` at the ends. nan for fewer than two
-    items or clusters of a loss, or where a value is not finite.
+    Clustered (Miller 2024, eq. 4), corrected for few clusters (`_cluster_sums`). For 0/1 values
+    without spread (all right, all wrong) that would be 0, which nobody believes: then half the
+    width of Wilson's 95 % interval over 1.96, `(z / (2 (G + z^2)))` at the ends. nan for fewer than
+    two items or clusters of a loss, or where a value is not finite.
     """
     x = np.asarray(values, dtype=np.float64)
     if not len(x) or not np.isfinite(x).all():
@@ -199,17 +204,34 @@ def stderr_of_mean(values: ArrayLike, clusters: Sequence[str] | None = None) -> 
     return stderr
 
 
-def _clustered_stderr(values_N: Array, index_N: NDArray[np.intp]) -> float:
-    """`sqrt(G/(G-1) sum_g (sum_{i in g} x_i - mean)^2) / n`; nan for a single cluster."""
+def _cluster_sums(values_N: Array, index_N: NDArray[np.intp]) -> Array:
+    """(G,) residuals summed in each cluster, over `sqrt(1 - n_g / n)`; nan for a single cluster.
+
+    The mean is drawn towards a cluster by its share of the items, which makes its residuals too
+    small; this mends that exactly where values vary alike (CR2, Bell & McCaffrey 2002). With G
+    clusters of one size it is the factor G / (G - 1) of the variance.
+    """
+    sizes_G = np.bincount(index_N)
+    if len(sizes_G) < 2:
+        return np.full(1, math.nan)
     sums_G = np.bincount(index_N, weights=values_N - values_N.mean())
-    groups = len(sums_G)
-    if groups < 2:
-        return math.nan
-    return math.sqrt(groups / (groups - 1) * float(sums_G @ sums_G)) / len(values_N)
+    return np.asarray(sums_G / np.sqrt(1 - sizes_G / len(index_N)))
+
+
+def _effective(index_N: NDArray[np.intp]) -> float:
+    """Kish's effective number of clusters, `n^2 / sum n_g^2`: a large one counts as no more."""
+    sizes_G = np.bincount(index_N)
+    return len(index_N) ** 2 / float(sizes_G @ sizes_G)
+
+
+def _clustered_stderr(values_N: Array, index_N: NDArray[np.intp]) -> float:
+    """`sqrt(sum_g s_g^2) / n` with the cluster sums s; nan for a single cluster."""
+    sums_G = _cluster_sums(values_N, index_N)
+    return math.sqrt(float(sums_G @ sums_G)) / len(values_N)
 
 
 def _reach(values_N: Array, index_N: NDArray[np.intp], alpha: float) -> tuple[float, float]:
-    """How far the lower bound lies below the mean, and the upper one above it.
+    """How far the lower bound lies below the mean, and the upper one above it; inf: unknown.
 
     Student's t, or Hall's (1992) where that is further: with few clusters of skewed differences (a
     few texts that got much worse) t passes too often on the side of the long tail. With g the
@@ -219,9 +241,11 @@ def _reach(values_N: Array, index_N: NDArray[np.intp], alpha: float) -> tuple[fl
 
     and its inverse `3 / a ((1 + a (x - a / 6))^(1/3) - 1)`. With g = 0 it is t.
     """
-    sums_G = np.bincount(index_N, weights=values_N - values_N.mean())
-    groups = len(sums_G)
-    stderr, t = _clustered_stderr(values_N, index_N), _t(alpha, groups - 1)
+    sums_G, largest = _cluster_sums(values_N, index_N), int(np.bincount(index_N).max())
+    groups, n = len(sums_G), len(values_N)
+    if groups < 2 or largest > max(n * MOST_OF_ALL, n / groups * TIMES_THE_MEAN):
+        return math.inf, math.inf
+    stderr, t = _clustered_stderr(values_N, index_N), _t(alpha, _effective(index_N) - 1)
     spread = float(np.mean(sums_G**2))
     skewness = float(np.mean(sums_G**3)) / spread**1.5 if spread > 1e-30 else 0.0
     a = skewness / math.sqrt(groups)
@@ -241,15 +265,13 @@ def _widen_by_clusters(
 ) -> tuple[float, float, bool]:
     """Clip the bounds of scores to -1..1, and widen them where too few clusters changed.
 
-    Kish's effective number of clusters, `n^2 / sum n_g^2`, stands in for their count, so that one
-    large cluster does not count as many.
+    Kish's effective number of clusters stands in for their count.
     """
     sums_G = np.bincount(index_N, weights=difference_N)
-    sizes_G = np.bincount(index_N)
     fell, rose = int((sums_G < -1e-9).sum()), int((sums_G > 1e-9).sum())
     few = fell + rose < FEW_CLUSTERS or not stderr > 1e-9
     if few:
-        effective = len(difference_N) ** 2 / float(sizes_G @ sizes_G)
+        effective = _effective(index_N)
         share = effective / len(sums_G)
         bounds = tango_bounds(fell * share, rose * share, effective, alpha)
         lower, upper = min(lower, bounds[0]), max(upper, bounds[1])
@@ -302,7 +324,7 @@ def _z(alpha: float) -> float:
     return -float(ndtri(alpha))
 
 
-def _t(alpha: float, degrees: int) -> float:
+def _t(alpha: float, degrees: float) -> float:
     """Upper `alpha` quantile of Student's t."""
     from scipy.special import stdtrit
 

@@ -132,9 +132,33 @@ def is_judged(meter: str, tags: Iterable[str]) -> bool:
 
 def halted(result: GateResult, why: Mapping[str, str]) -> GateResult:
     """The same, failed by the alarms that ended the run: name -> text."""
-    ended = (Row(name, "alarm", "guardrail", True, Verdict.FAIL, why[name]) for name in why)
-    rows = (*ended, *result.rows)
-    return replace(result, verdict=Verdict.FAIL, reason=_sentence(Verdict.FAIL, rows), rows=rows)
+    return _failed_by(
+        result, [Row(name, "alarm", "guardrail", True, Verdict.FAIL, why[name]) for name in why]
+    )
+
+
+def standing(result: GateResult, recorded: Iterable[Mapping[str, Any]], gate: Gate) -> GateResult:
+    """The same, failed by what a run failed by and no item of it shows.
+
+    That is the alarms that ended it, and what was not read or not alike before and after.
+
+    Args:
+        recorded: the rows of the run's `verdict.json`.
+    """
+    rows = [
+        Row(str(row["name"]), str(row["meter"]), kind, True, Verdict.FAIL, str(row["reason"]))
+        for row in recorded
+        if row["verdict"] == Verdict.FAIL and not row["n"] and row["meter"] != "margin"
+        if _is_decisive(kind := str(row["kind"]), gate)
+    ]
+    return _failed_by(result, rows) if rows else result
+
+
+def _failed_by(result: GateResult, rows: Sequence[Row]) -> GateResult:
+    """With rows that fail in place of any of the same name."""
+    named = {(row.meter, row.name) for row in rows}
+    every = (*rows, *(row for row in result.rows if (row.meter, row.name) not in named))
+    return replace(result, verdict=Verdict.FAIL, reason=_sentence(Verdict.FAIL, every), rows=every)
 
 
 def _by_key(readings: Iterable[Reading]) -> dict[tuple[str, str], list[Reading]]:
@@ -151,16 +175,19 @@ def _kind(reading: Reading) -> str:
     return next((k for k in _KINDS if k in (*reading.tags, reading.meter)), "guardrail")
 
 
+def _is_decisive(kind: str, gate: Gate) -> bool:
+    return {"target": gate.target, "adoption": gate.adoption}.get(kind) != "report"
+
+
 def _row(before: list[Reading], after: list[Reading], gate: Gate) -> Row:
     """Judge one (meter, name)."""
     reading = (before or after)[0]
     kind = _kind(reading)
-    reported = {"target": gate.target == "report", "adoption": gate.adoption == "report"}
     row = Row(
         name=reading.name,
         meter=reading.meter,
         kind=kind,
-        decisive=not reported.get(kind, False),
+        decisive=_is_decisive(kind, gate),
         verdict=Verdict.FAIL,
         reason=_mismatch(before, after),
         unit=reading.unit,

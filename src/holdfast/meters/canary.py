@@ -81,7 +81,7 @@ def in_turn(documents: Sequence[Document], number: int, most: int) -> list[Docum
 def read_canary(
     model: Any, documents: Sequence[Document], split: Split, step: int, *, meter: str = "canary"
 ) -> list[Reading]:
-    """One reading a domain: the mean over documents of nats a token, and its standard error."""
+    """One reading a domain: the mean over windows of nats a token, and its standard error."""
     started = time.perf_counter()
     chosen = [d for d in documents if d.split == split]
     by_domain: dict[str, list[tuple[Document, float]]] = defaultdict(list)
@@ -136,11 +136,15 @@ def read_bits(
         if reading.unit != "nats":
             continue
         bits: dict[str, float] = defaultdict(float)
-        size: dict[str, int] = defaultdict(int)
+        whole: dict[str, Scored] = defaultdict(lambda: Scored([], []))
         for key, nats in reading.items.items():
-            doc = by_id[reading.name, key]
-            bits[doc.cluster] += nats * sum(doc.text.loss_mask[1:]) / math.log(2)
-            size[doc.cluster] += predicted_bytes(doc.text, tokenizer)
+            text, cluster = by_id[reading.name, key].text, by_id[reading.name, key].cluster
+            bits[cluster] += nats * sum(text.loss_mask[1:]) / math.log(2)
+            # window after window: one alone may begin within a character
+            mask = [False, *text.loss_mask[1:]]
+            before = whole[cluster]
+            whole[cluster] = Scored(before.input_ids + text.input_ids, before.loss_mask + mask)
+        size = {cluster: predicted_bytes(text, tokenizer) for cluster, text in whole.items()}
         items = {cluster: bits[cluster] / size[cluster] for cluster in bits if size[cluster]}
         if items:
             found.append(

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -172,6 +172,24 @@ class Start:
         """
         for part in self._parts.values() if name is None else [self._parts[name]]:
             part.scale(factor)
+
+    def way(self) -> Callable[[float], None]:
+        """What puts the weights anywhere between the start (0) and where they are now (1).
+
+        Each time from both ends, so that rounding does not add up; the ends are kept on the CPU.
+        """
+        ends = [(part, [_cpu(tensor) for tensor in part.trained]) for part in self._parts.values()]
+
+        def put(position: float) -> None:
+            import torch
+
+            with torch.no_grad():
+                for part, end in ends:
+                    for now, last in zip(part.trained, end, strict=True):
+                        now.copy_(last)
+                    part.scale(position)
+
+        return put
 
 
 class _Whole:
@@ -342,8 +360,9 @@ def _interpolate(trained: list[Tensor], starts: list[Tensor], factor: float) -> 
 
     with torch.no_grad():
         for now, start in zip(trained, starts, strict=True):
-            began = start.to(now.device)
-            now.copy_(began + factor * (now - began))
+            wide = torch.promote_types(now.dtype, torch.float32)
+            began = start.to(now.device, wide)
+            now.copy_(began + factor * (now.to(wide) - began))
 
 
 def _adapted(model: Any, *, from_base: bool = False) -> Iterator[tuple[str, _Part]]:

@@ -22,7 +22,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from holdfast import model as models
-from holdfast.errors import RequestError
+from holdfast.errors import NotFiniteError, RequestError
 from holdfast.meters.scoring import BATCH_TOKENS, token_batches
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def _score(
         logp_T[here_T] = (logits_CV[at, tokens] - logits_CV.logsumexp(-1)[at]).float()
         greedy_T[here_T] = logits_CV.argmax(-1)[at] == tokens
     if bool(logp_T.isnan().any()):
-        raise RequestError(NOT_NUMBERS)
+        raise NotFiniteError(NOT_NUMBERS)
     logps, greedy = logp_T.double().tolist(), greedy_T.tolist()
     done = 0
     for row in rows:

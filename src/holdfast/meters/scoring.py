@@ -72,19 +72,33 @@ def greedy(
     from holdfast.decode import write_on
 
     result = []
-    for answer in write_on(
+    answers = write_on(
         model,
         tokenizer,
         prompts,
         max_new_tokens=max_new_tokens,
         stop=stop,
         stop_in_prompt=False,
-    ):
-        text: str = tokenizer.decode(answer, skip_special_tokens=True)
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = _after(prompt, answer, tokenizer)
         for marker in stop:
             text = text.split(marker, 1)[0]
         result.append(text)
     return result
+
+
+def _after(prompt: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What an answer adds to its prompt's text.
+
+    Decoded alone it could lose a space: SentencePiece takes one off the beginning of a text, and of
+    code that breaks the indentation.
+    """
+    begun, whole, alone = (
+        str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for ids in (prompt, prompt + answer, answer)
+    )
+    return whole.removeprefix(begun) if whole.startswith(begun) else alone
 
 
 def token_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -194,11 +195,16 @@ class Item(Section):
 
 
 def load_items(paths: Sequence[str]) -> list[Item]:
-    """Read probe files. Raises RequestError with every faulty line."""
+    """Read probe files. Raises RequestError with every faulty line.
+
+    Items of a probe that ask the same under two ids are one cluster, unless they have one each:
+    they are not independent, and never on both sides of the split.
+    """
     items: list[Item] = []
     seen: dict[tuple[str, str], str] = {}
     kinds: dict[str, str] = {}
     tags: dict[str, list[Tag]] = {}
+    twins: dict[tuple[str, str], int] = {}
     problems: list[str] = []
     for path in paths:
         if not Path(path).is_file():
@@ -241,12 +247,30 @@ def load_items(paths: Sequence[str]) -> list[Item]:
                     f"otherwise, such as {'_'.join([item.probe, *item.tags])}"
                 )
             seen[key] = where
+            place = twins.setdefault((item.probe, content(item)), len(items))
             items.append(item)
+            if place < len(items) - 1:
+                _join(items, place)
     if paths and not items and not problems:
         problems.append(f"probes: no items in {', '.join(paths)}; write one object a line")
     if problems:
         raise RequestError(*problems[:SHOWN])
     return items
+
+
+def _join(items: list[Item], first: int) -> None:
+    """Put the last item and one before it into one cluster, which falls to the half of that one."""
+    one, last = items[first], items[-1]
+    if last.cluster is None:
+        cluster = one.cluster or f"{one.probe}/{one.id}"
+        items[first] = one.model_copy(update={"cluster": cluster})
+        items[-1] = last.model_copy(update={"cluster": cluster})
+
+
+def content(item: Item) -> str:
+    """A hash of what an item asks and takes for right: not of its name, tags or cluster."""
+    asked = item.model_dump(mode="json", exclude={"id", "probe", "tags", "cluster"})
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def require_both_halves(items: Iterable[Item]) -> None:

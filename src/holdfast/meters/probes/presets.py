@@ -32,6 +32,8 @@ class Preset:
     task: str | None = None
     """lm-eval's name."""
     shots: int = 0
+    items: int = 200
+    """Of a sample, where no number is asked for: enough to pass its default margin."""
     make: Callable[[Random], Record] | None = None
     """Writes a record of ours."""
     read: Callable[[Rows, str, Frozen], Iterator[Record]] | None = None
@@ -75,7 +77,7 @@ PRESETS = {
     ),
     "hellaswag": Preset("endings of everyday scenes", task="hellaswag"),
     "arc": Preset("science questions (ARC-Challenge), 25 shots", task="arc_challenge", shots=25),
-    "multilingual": Preset("causes and effects in 11 languages (XCOPA)", task="xcopa"),
+    "multilingual": Preset("causes and effects in 11 languages (XCOPA)", task="xcopa", items=300),
     "lambada": Preset("last words of passages", task="lambada_openai"),
     "blimp": Preset("grammatical against ungrammatical, 67 kinds", task="blimp"),
     "pubmedqa": Preset("yes, no, maybe of abstracts", task="pubmedqa"),

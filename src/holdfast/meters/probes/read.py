@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import RequestError
+from holdfast.errors import NotFiniteError, RequestError
 from holdfast.gate.stats import stderr_of_mean
 from holdfast.meters import Reading, Split
 from holdfast.meters.likelihood import Likelihood, Question, likelihoods
@@ -63,9 +64,13 @@ def read_probes(
         kept = results if group[0].kind != "code" else None
         outcome = kept.find(group) if kept is not None else None
         if outcome is None:
-            outcome = _read(model, tokenizer, group, tokens)
-            if kept is not None:
-                kept.store(group, outcome)
+            try:
+                outcome = _read(model, tokenizer, group, tokens)
+            except NotFiniteError:  # a reading like any other, which no gate lets pass
+                outcome = Outcome([math.nan] * len(group), None)
+            else:
+                if kept is not None:
+                    kept.store(group, outcome)
         seconds = time.perf_counter() - started
         readings.append(_reading(probe, group, outcome, step, split or "sealed", seconds))
     return readings

@@ -1,8 +1,8 @@
 """Results on disk: a base is scored once for ever.
 
 One JSON file a probe, named by a hash of all that decides the result: weights, configuration,
-adapters and their state, tokenizer, items, kind of device. A file that is damaged, or was written
-by another version, is as good as none: the probe is read again and the file replaced.
+adapters and their state, tokenizer, end tokens, items, kind of device. A file that is damaged, or
+was written by another version, is as good as none: the probe is read again and the file replaced.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast import model as models
 from holdfast.data.fingerprint import of_tokenizer
+from holdfast.decode import end_tokens
 from holdfast.errors import HoldfastError
 from holdfast.files import cache_folder, write_text
 from holdfast.meters.probes.items import Item
@@ -25,7 +26,7 @@ from holdfast.meters.probes.items import Item
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 1
+VERSION = 2
 """Raise it when the same model and items would give other results."""
 _ELSEWHERE = ("_name_or_path", "transformers_version")
 """What a configuration says of where it lies and who wrote it."""
@@ -53,7 +54,8 @@ class Results:
     ) -> None:
         """Hashes the weights once: make it anew after they have changed."""
         self.folder = folder or default_folder()
-        self._base = _digest([VERSION, _of_model(model), of_tokenizer(tokenizer)])
+        ends = end_tokens(models.causal_lm(model), tokenizer)
+        self._base = _digest([VERSION, _of_model(model), of_tokenizer(tokenizer), ends])
 
     def find(self, items: Sequence[Item]) -> Outcome | None:
         """What was stored for these items, if it is sound."""
