@@ -109,12 +109,26 @@ def at_margin(rng: np.random.Generator) -> Iterator[tuple[str, float, Callable[[
         names = [str(i // size) for i in range(groups * size)]
         return paired_difference(before, after, clusters=names, alpha=ALPHA, bounded=True)
 
+    def unlike(sizes: np.ndarray) -> Any:
+        """A fall of 10 points: 20 % of the clusters turn wrong as a whole, 10 % right."""
+        u = np.repeat(rng.random(len(sizes)), sizes)
+        before = ((u < 0.2) | (u > 0.6)).astype(float)
+        after = (((u > 0.2) & (u < 0.3)) | (u > 0.6)).astype(float)
+        names = [str(g) for g in np.repeat(np.arange(len(sizes)), sizes)]
+        return paired_difference(before, after, clusters=names, alpha=ALPHA, bounded=True)
+
+    drawn = np.random.default_rng(0).lognormal(1, 1, 60)
+    sizes = np.maximum(1, drawn.round()).astype(int)
+    ends = f"{sizes.min()} to {sizes.max()} scores"
     yield "250 scores, churn 4 %", 0.02, lambda: scores(250, 0.04)
     yield "1,500 scores, churn 4 %", 0.02, lambda: scores(1500, 0.04)
     yield "1,500 scores, no other change", 0.02, lambda: scores(1500, 0.0)
     yield "20 documents, skewed losses", 0.1, lambda: losses(20)
     yield "100 documents, skewed losses", 0.1, lambda: losses(100)
     yield "60 clusters of 5 scores", 0.05, lambda: grouped(60, 5)
+    yield f"60 clusters of {ends}", 0.1, lambda: unlike(sizes)
+    yield "99 scores and a cluster of 25", 0.1, lambda: unlike(np.array([1] * 99 + [25]))
+    yield "99 scores and a cluster of 100", 0.1, lambda: unlike(np.array([1] * 99 + [100]))
 
 
 def shown(before: np.ndarray, after: np.ndarray, paired: bool) -> bool:

@@ -137,8 +137,9 @@ def test_clustered_errors_equal_a_sandwich_written_by_hand():
     stderr = math.sqrt(sum(one**2 for one in sums)) / 60
     difference = paired_difference(np.zeros(60), d, clusters=clusters, alpha=0.1)
     assert difference.stderr == pytest.approx(stderr, rel=1e-9)
-    kish = 60**2 / sum(count**2 for count in Counter(clusters).values())
-    t = stats.t(kish - 1).isf(0.1)
+    sizes = Counter(clusters).values()
+    degrees = sum(n**2 for n in sizes) ** 2 / sum(n**4 for n in sizes) - 1
+    t = stats.t(degrees).isf(0.1)
     reach = max(t, hall(np.array(sums), t)) * stderr
     assert difference.lower == pytest.approx(d.mean() - reach, rel=1e-9)
     assert stderr_of_mean(d, clusters) == pytest.approx(stderr, rel=1e-9)
@@ -150,7 +151,8 @@ def test_where_one_cluster_is_most_of_the_items_nothing_is_decided(largest):
     clusters = [*map(str, range(99)), *["text"] * largest]
     d = np.array([0.3, -0.3, 0.1] * 33 + [0.1] * largest)
     found = paired_difference(np.zeros(len(d)), d, clusters=clusters)
-    assert (found.lower, found.upper) == (-math.inf, math.inf)
+    assert found.lower < -10
+    assert found.upper > 10
     assert non_inferiority(found, 0.5) is Verdict.INCONCLUSIVE
     graded = paired_difference(np.full(len(d), 0.5), 0.5 + d, clusters=clusters, bounded=True)
     assert (graded.lower, graded.upper) == (-1, 1)

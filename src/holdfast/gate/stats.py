@@ -27,9 +27,6 @@ Array = NDArray[np.float64]
 
 FEW_CLUSTERS = 10
 """With fewer clusters than this that differ at all, their spread says little about the variance."""
-MOST_OF_ALL, TIMES_THE_MEAN = 1 / 4, 3.0
-"""A cluster that holds more of the items than the one, and more than the other times what one holds
-on average, is most of the estimate, and nothing shows how it varies: no bound holds its level."""
 
 
 class Verdict(StrEnum):
@@ -78,8 +75,8 @@ def paired_difference(
         bounded: the values are scores in 0..1 (accuracies) rather than losses.
 
     Method:
-        losses: cluster-robust paired t, corrected for skewness (`_reach`), with as many degrees of
-            freedom as Kish's effective number of clusters has. Losses are continuous,
+        losses: cluster-robust paired t, corrected for skewness (`_reach`), with degrees of freedom
+            for clusters of unlike size (`_degrees`). Losses are continuous,
             so a difference of exactly zero on every item means that both models compute the same
             thing there, and the interval of zero width is then the right one.
         0/1 scores, no clusters: Tango's score interval; never of zero width, not even when no
@@ -224,6 +221,17 @@ def _effective(index_N: NDArray[np.intp]) -> float:
     return len(index_N) ** 2 / float(sizes_G @ sizes_G)
 
 
+def _degrees(index_N: NDArray[np.intp]) -> float:
+    """Of `_clustered_stderr`: `(sum n_g^2)^2 / sum n_g^4 - 1`, with clusters of one size G - 1.
+
+    Satterthwaite's, where the items of a cluster are wholly alike, so that its sum varies as n_g^2:
+    the fewest there can be. Next to none where one cluster is most of the items: its own change
+    could be anything, and the bound is then as good as none.
+    """
+    squares_G = np.bincount(index_N).astype(np.float64) ** 2
+    return max(0.1, float(squares_G.sum() ** 2 / (squares_G @ squares_G)) - 1)
+
+
 def _clustered_stderr(values_N: Array, index_N: NDArray[np.intp]) -> float:
     """`sqrt(sum_g s_g^2) / n` with the cluster sums s; nan for a single cluster."""
     sums_G = _cluster_sums(values_N, index_N)
@@ -241,11 +249,11 @@ def _reach(values_N: Array, index_N: NDArray[np.intp], alpha: float) -> tuple[fl
 
     and its inverse `3 / a ((1 + a (x - a / 6))^(1/3) - 1)`. With g = 0 it is t.
     """
-    sums_G, largest = _cluster_sums(values_N, index_N), int(np.bincount(index_N).max())
-    groups, n = len(sums_G), len(values_N)
-    if groups < 2 or largest > max(n * MOST_OF_ALL, n / groups * TIMES_THE_MEAN):
+    sums_G = _cluster_sums(values_N, index_N)
+    groups = len(sums_G)
+    if groups < 2:
         return math.inf, math.inf
-    stderr, t = _clustered_stderr(values_N, index_N), _t(alpha, _effective(index_N) - 1)
+    stderr, t = _clustered_stderr(values_N, index_N), _t(alpha, _degrees(index_N))
     spread = float(np.mean(sums_G**2))
     skewness = float(np.mean(sums_G**3)) / spread**1.5 if spread > 1e-30 else 0.0
     a = skewness / math.sqrt(groups)

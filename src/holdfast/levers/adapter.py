@@ -78,7 +78,7 @@ class Adapter(Lever):
     """none for full fine-tuning; lora, rslora, dora, corda, qlora; or another method of peft's,
     such as oft, osf or loha (any name in peft.PeftType). auto: lora, but none for a model under 50
     million parameters, where an adapter saves nothing; lora there too if another field of this
-    section is given."""
+    section is not at its default."""
     target: Literal["mlp", "attention", "all-linear"] | list[str] = "mlp"
     """Matrices that get an adapter: a preset (never a router), or module names as peft takes
     them. What `freeze` holds gets none."""
