@@ -27,6 +27,17 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def require_writable(path: Path) -> None:
+    """Refuse a file or folder that could not be made, before the work for it is done.
+
+    Raises:
+        RequestError: it names the folder that may not be written.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    if not os.access(folder, os.W_OK):
+        raise RequestError(f"'{path}' cannot be made: '{folder}' may not be written; name another")
+
+
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
     """Turn 'no space left' and 'not permitted' into one line that names the folder."""

@@ -21,7 +21,7 @@ from holdfast.artifact import RunFolder
 from holdfast.checkpoint import Checkpoint, Dtype, load_checkpoint, require_made_for
 from holdfast.data.rows import Source, check_rows
 from holdfast.errors import RequestError
-from holdfast.files import full_disk_named
+from holdfast.files import full_disk_named, require_writable
 from holdfast.gate.verdict import Gate, GateResult, Verdict, decide
 from holdfast.lineage import locate
 from holdfast.measure import (
@@ -264,6 +264,7 @@ def require_free(out: Path | None) -> None:
         raise RequestError(f"--out: '{out}' cannot be made: '{files[0]}' is a file; give a folder")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         RunFolder.create(out)  # says what is wrong
+    require_writable(out)
 
 
 @contextmanager

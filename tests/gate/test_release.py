@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -300,6 +301,17 @@ def test_a_verdict_of_someone_elses_is_not_overwritten(
     assert done.code == 2
     assert "is not overwritten" in done.err
     assert left() == {"verdict": "mine"}
+
+
+def test_where_nothing_may_be_written_nothing_is_read(
+    made: Path, here: Path, holdfast: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    models = [str(made / "base"), str(made / "near"), "--canary", str(made / "prose.jsonl")]
+    for words in (["gate", *models], ["compare", *models, "--out", "c"]):
+        done = holdfast(*words)
+        assert done.code == 2
+        assert "may not be written; name another" in done.err
 
 
 @pytest.mark.parametrize("option", ["--markdown", "--junit"])

@@ -21,6 +21,7 @@ from holdfast.cli.options import (
     validated,
 )
 from holdfast.errors import RequestError
+from holdfast.files import require_writable, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,6 +105,7 @@ def _clear(out: Path, files: list[Path]) -> None:
     for path in files:
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise RequestError(f"'{path}' cannot be written; give a file in a folder that exists")
+        require_writable(path)
     if len({path.absolute() for path in files}) < len(files):
         raise RequestError("--out, --markdown and --junit name one file; give each its own")
     for path in files:
@@ -181,7 +183,6 @@ def _margins_alone(file: Path | None, margins: dict[str, str], run: str) -> Gate
 
 def _write(found: Release, out: Path, markdown: Path | None, junit: Path | None, name: str) -> None:
     """The verdict last: where it is there, all is."""
-    from holdfast.files import write_text
     from holdfast.gate.junit import junit as as_junit
 
     seconds = float(found.about.get("seconds", 0.0))

@@ -56,7 +56,8 @@ class SelfGenerated(Section):
     fraction: float = Field(default=0.5, ge=0.0, lt=1.0)
     """Share of each step's tokens. 0 turns it off."""
     rows: int | None = Field(default=None, ge=1)
-    """Distinct rows to generate; empty: as many as the run reads, at most `max_rows`."""
+    """Distinct rows to generate; empty: as many as the run would read if each were of full length,
+    at most `max_rows`; shorter ones are read more than once."""
     max_rows: int = Field(default=2048, ge=1)
     """Ceiling of the automatic number of rows; beyond it rows are read more than once."""
     max_new_tokens: int = Field(default=256, ge=1)

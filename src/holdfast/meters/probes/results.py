@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast import model as models
 from holdfast.data.fingerprint import of_tokenizer
-from holdfast.decode import end_tokens
 from holdfast.errors import HoldfastError
 from holdfast.files import cache_folder, write_text
 from holdfast.meters.probes.items import Item
@@ -53,6 +52,8 @@ class Results:
         self, model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None
     ) -> None:
         """Hashes the weights once: make it anew after they have changed."""
+        from holdfast.decode import end_tokens
+
         self.folder = folder or default_folder()
         ends = end_tokens(models.causal_lm(model), tokenizer)
         self._base = _digest([VERSION, _of_model(model), of_tokenizer(tokenizer), ends])
