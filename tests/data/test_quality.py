@@ -16,6 +16,7 @@ from holdfast.data.quality import (
     Quality,
     Sample,
     base_loss_gap,
+    duplicates,
     known_rows,
     leaks,
     look,
@@ -77,6 +78,17 @@ def test_twins_are_those_that_comparing_every_pair_finds(
     assert set(twins) == repeated
     assert all(other < row for row, other in twins.items())
     assert all(jaccard(texts[row], texts[other]) >= least for row, other in twins.items())
+
+
+def test_rows_of_a_template_are_not_compared_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    real = duplicates._jaccard
+    monkeypatch.setattr(duplicates, "_jaccard", lambda *pair: compared.append(pair) or real(*pair))
+    template = [f"t{i}" for i in range(38)]
+    rows = [[*template, *(f"w{row}_{i}" for i in range(6 + row % 3))] for row in range(200)]
+    twin = [*rows[150][:-1], "end"]
+    assert earlier_twins([*rows, twin], 0.8) == {200: 150}
+    assert len(compared) < 2 * len(rows)
 
 
 def test_near_duplicates_name_both_rows() -> None:

@@ -111,6 +111,45 @@ def test_sound_rows(tmp_path: Path, row: dict[str, Any]) -> None:
     assert check_rows(write(tmp_path / "x.jsonl", row), need_response=True).rows == 1
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "subdomain",
+        "domain_id",
+        "domain_name",
+        "domains",
+        "main",
+        "remain",
+        "tool",
+        "tools_used",
+        "toolkits",
+    ],
+)
+def test_a_column_of_another_meaning_is_not_taken_for_a_misspelt_key(
+    tmp_path: Path, key: str
+) -> None:
+    source = write(tmp_path / "x.jsonl", {**QA, key: "x"})
+    assert check_rows(source, need_response=True).ignored == (key,)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("domian", "domain"),
+        ("domani", "domain"),
+        ("doman", "domain"),
+        ("dommain", "domain"),
+        ("domein", "domain"),
+        ("toosl", "tools"),
+        ("tolls", "tools"),
+        ("chat_template_args", "chat_template_kwargs"),
+    ],
+)
+def test_a_likely_slip_is_named(tmp_path: Path, key: str, meant: str) -> None:
+    (problem,) = problems(write(tmp_path / "x.jsonl", {**QA, key: "x"}))
+    assert problem.endswith(f"unknown key '{key}', did you mean '{meant}'?")
+
+
 def turns(*messages: object) -> dict[str, object]:
     return {"messages": list(messages)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from holdfast.errors import did_you_mean
@@ -142,10 +143,16 @@ def _hint_for(row: Mapping[str, Any], missing: str) -> str:
 
 
 def _near_misses(row: Mapping[str, Any]) -> Iterator[str]:
-    """A sound row's keys that look like a misspelt one of ours, lest it be silently ignored."""
+    """A sound row's keys that are most likely a misspelt one of ours, lest it be silently ignored.
+
+    Such a key begins and ends like ours, or has its letters in another order. Others are columns of
+    another meaning in somebody's public data: 'domains', 'subdomain', 'main', 'tool', 'tools_used'.
+    """
     for key in row:
-        if key not in KEYS and (hint := did_you_mean(key, EXTRAS)).startswith("did you mean"):
-            yield f"unknown key '{key}', {hint}"
+        close = [] if key in KEYS else get_close_matches(key, EXTRAS, n=1, cutoff=0.8)
+        for ours in close:
+            if (key[0], key[-1]) == (ours[0], ours[-1]) or sorted(key) == sorted(ours):
+                yield f"unknown key '{key}', did you mean '{ours}'?"
 
 
 def _extras(row: Mapping[str, Any]) -> Iterator[str]:

@@ -2,20 +2,26 @@
 
 Exact, without hashing tricks: two sets of Jaccard similarity t or more share at least one of the
 first `|A| - ceil(t |A|) + 1` members of each, in any common order (Bayardo et al. 2007). Ordered
-from the rarest on, that prefix meets few other rows. A row of fewer than five words is one 5-gram,
-so that such rows are duplicates only where they are the same.
+from the rarest on, that prefix meets few other rows, but for a template that most of a row is made
+of. Those are passed over without being compared (Xiao et al. 2008, PPJoin): from the first member
+that both have, they can share no more than the shorter rest, and the similarity asks for more. Rows
+are filed by gram, size and rest, so that one look passes over all that are alike in these.
+A row of fewer than five words is one 5-gram, so that such rows are duplicates only where they are
+the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 
 from holdfast.data.quality.finding import Finding, Quality, Sample, graded
 from holdfast.data.texts import words
 
 GRAM = 5
+_INEXACT = 1e-9
+"""A product that is a whole number may come out so much above it; rounding up must not see it."""
 
 
 def near_duplicates(samples: Sequence[Sample], quality: Quality) -> list[Finding]:
@@ -43,29 +49,46 @@ def earlier_twins(texts: Sequence[Sequence[str]], least: float) -> dict[int, int
 
     Of rows that are alike the first stands for all: a row is compared with rows that repeat none.
     """
-    sets = [frozenset(_grams(text)) for text in texts]
-    counts = Counter(gram for grams in sets for gram in grams)
-    firsts: dict[frozenset[tuple[str, ...]], int] = {}
-    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    rows = _ranked(texts)
+    firsts: dict[tuple[int, ...], int] = {}
+    holders: dict[int, dict[tuple[int, int], list[int]]] = {}
+    """Gram -> (size, grams from this one on) -> the rows that have it in their prefix there."""
     twins: dict[int, int] = {}
-    for row, grams in enumerate(sets):
+    for row, grams in enumerate(rows):
         if not grams:
             continue
         if grams in firsts:
             twins[row] = firsts[grams]
             continue
         firsts[grams] = row
-        ordered = sorted(grams, key=lambda gram: (counts[gram], gram))
-        shared = math.ceil(least * len(grams) - 1e-9)  # least * len is not always exact
-        prefix = ordered[: len(grams) - shared + 1]
-        candidates = sorted({other for gram in prefix for other in holders[gram]})
-        twin = next((c for c in candidates if _jaccard(sets[c], grams) >= least), None)
-        if twin is None:
-            for gram in prefix:
-                holders[gram].append(row)
-        else:
+        size = len(grams)
+        shared = math.ceil(least * size - _INEXACT)
+        prefix = grams[: size - shared + 1]
+        candidates = {
+            other
+            for place, gram in enumerate(prefix)
+            for (its_size, its_rest), others in holders.get(gram, {}).items()
+            if min(size - place, its_rest) >= _least_shared(size, its_size, least)
+            for other in others
+        }
+        members = frozenset(grams)
+        twin = next((c for c in sorted(candidates) if _jaccard(members, rows[c]) >= least), None)
+        if twin is not None:
             twins[row] = twin
+            continue
+        for place, gram in enumerate(prefix):
+            filed = holders.setdefault(gram, {})
+            filed.setdefault((size, size - place), []).append(row)
     return twins
+
+
+def _ranked(texts: Sequence[Sequence[str]]) -> list[tuple[int, ...]]:
+    """Each text's grams without repeats, by number, in order; the rarest gram has the lowest."""
+    numbers: dict[tuple[str, ...], int] = {}
+    rows = [{numbers.setdefault(gram, len(numbers)) for gram in _grams(text)} for text in texts]
+    counts = Counter(number for row in rows for number in row)
+    ranks = {number: rank for rank, number in enumerate(sorted(counts, key=counts.__getitem__))}
+    return [tuple(sorted(ranks[number] for number in row)) for row in rows]
 
 
 def _grams(text: Sequence[str]) -> list[tuple[str, ...]]:
@@ -74,6 +97,12 @@ def _grams(text: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(text[i : i + GRAM]) for i in range(max(1, len(text) - GRAM + 1))]
 
 
-def _jaccard(one: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]]) -> float:
-    shared = len(one & other)
+def _least_shared(size: int, other: int, least: float) -> int:
+    """What two sets of these sizes share if they are so similar: `t / (1 + t) (|A| + |B|)`."""
+    return math.ceil(least / (1 + least) * (size + other) - _INEXACT)
+
+
+def _jaccard(one: frozenset[int], other: Sequence[int]) -> float:
+    """Of two sets; the other is given as its members."""
+    shared = len(one.intersection(other))
     return shared / (len(one) + len(other) - shared)
