@@ -60,19 +60,6 @@ class Outcome(NamedTuple):
     output: str = ""
 
 
-def human_eval(prompt: str, completion: str, test: str, entry_point: str) -> Job:
-    """An item as HumanEval has it: `test` defines `check(candidate)`.
-
-    Source: Chen et al. 2021, arXiv:2107.03374, `execution.py` of human-eval. Theirs is one text;
-    here the tests are kept apart, so that they run with the builtins the program may have changed.
-    """
-    if not entry_point.isidentifier():
-        raise RequestError(
-            f"entry_point: '{entry_point}' is not the name of a function; give one such as 'add'"
-        )
-    return Job(prompt + completion, f"{test}\n\ncheck({entry_point})\n")
-
-
 def run_all(
     jobs: Sequence[Job],
     *,
