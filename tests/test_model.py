@@ -91,6 +91,14 @@ def test_a_head_with_an_unknown_twist_is_refused(twisted: Any, said: str) -> Non
     assert model.training
 
 
+def test_a_soft_cap_is_known_by_either_name() -> None:
+    """RecurrentGemma's differs from Gemma 2's, and small logits do not show it."""
+    model = tiny.tiny("Llama")
+    assert models.head(model).cap is None
+    model.config.logits_soft_cap = 30.0
+    assert models.head(model).cap == 30.0
+
+
 def test_a_head_that_carries_an_adapter_is_refused() -> None:
     """Its weight alone would leave the adapter's part out of the loss."""
     config = LoraConfig(r=2, target_modules=["lm_head", "up_proj"])

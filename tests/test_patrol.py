@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import tiny
+from holdfast import run as holdfast_run
 
 Cli = Callable[..., Any]
 PROSE = [{"text": f"it was day {n} and the cat sat {'on ' * (n % 3)}the mat."} for n in range(60)]
@@ -67,6 +68,29 @@ def test_it_may_end_the_run_which_then_fails(run: Cli) -> None:
     assert "canary/prose has risen" in verdict["summary"]["stopped"]
     assert (folder / "checkpoints" / f"checkpoint-{stop}" / "complete.json").is_file()
     assert (folder / "model" / "model.safetensors").is_file()
+
+
+def test_a_run_that_an_alarm_ended_is_not_trained_on_when_it_is_taken_up(
+    run: Cli, holdfast: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when training was over and nothing was read yet."""
+
+    class Killed(BaseException): ...
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(holdfast_run, "_save_artifact", killed)
+        with pytest.raises(Killed):
+            run("alarms.stop=true", "gate.enabled=true")
+    outcome = holdfast("train", "--out", "run", "--resume")
+    assert outcome.code == 3, outcome.err
+    verdict = json.loads(Path("run/verdict.json").read_text())
+    ended = [line["step"] for line in lines(Path("run")) if line["alarms"]]
+    assert [verdict["summary"]["steps"]] == ended
+    assert "canary/prose has risen" in verdict["reason"]
+    assert "canary/prose has risen" in verdict["summary"]["stopped"]
 
 
 def test_without_a_gate_the_exit_code_says_so(run: Cli) -> None:

@@ -370,3 +370,35 @@ def test_of_a_tied_head_nothing_is_said(
     trainer.model = tiny.tiny("Llama", tie_word_embeddings=True)
     trainer._issue_warnings_after_load(SimpleNamespace(missing_keys=missing, unexpected_keys=[]))
     assert len(lines) == said
+
+
+class Watch(Lever):
+    """Notes whether something holds the base, as each check is told."""
+
+    def after_probe(self, _seen: Any, probe: Any, memory: Any) -> None:
+        memory.setdefault("held", []).append(probe.held)
+
+
+def test_a_base_is_held_though_the_step_of_a_check_has_no_anchor(tmp_path: Path) -> None:
+    """`share` leaves most steps out; what a budget tightens is the anchor all the same."""
+    levers = [KlAnchor(weight=1.0, share=0.25), Watch()]
+    trainer = tiny_run(levers, tmp_path, steps=6, every=1, meters=[lambda _: []])
+    trainer.train()
+    assert trainer.lever_memory[levers[1].key]["held"] == [True] * 5
+
+
+def test_under_autocast_the_head_is_in_half_precision_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate's own autocast ends with the model's forward, before the head."""
+    seen: list[bool] = []
+    real = holdfast.trainer.token_losses
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(holdfast.trainer, "token_losses", spy)
+    tiny_run([], tmp_path / "half", steps=1, arguments={"bf16": True}).train()
+    tiny_run([], tmp_path / "full", steps=1).train()
+    assert seen == [True, False]

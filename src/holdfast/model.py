@@ -320,7 +320,8 @@ def head(model: Any) -> Head:
         layer.weight,
         getattr(layer, "bias", None),
         scale=multiplier / divisor,
-        cap=getattr(config, "final_logit_softcapping", None),
+        cap=getattr(config, "final_logit_softcapping", None)
+        or getattr(config, "logits_soft_cap", None),  # RecurrentGemma's
     )
 
 
@@ -403,6 +404,12 @@ def hash_weights(model: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def plain_config(model: Any) -> dict[str, Any]:
+    """What its configuration says of a model, without where it lies and who wrote it."""
+    settings = causal_lm(model).config.to_dict()
+    return {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
 
 
 def _first_line(error: BaseException) -> str:

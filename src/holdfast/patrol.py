@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -69,6 +70,7 @@ class Patrol(TrainerCallback):
         console: Console,
         seed: int = 0,
         lines: Sequence[Mapping[str, Any]] = (),
+        stops: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.rule, self.measure, self.folder = rule, measure, folder
         self.wires, self.record, self.console = wires, record, console
@@ -81,7 +83,10 @@ class Patrol(TrainerCallback):
         ]
         """Every alarm, with its step."""
         self.stopped_by: dict[str, str] = {}
-        """The alarms that ended training: name -> text."""
+        """The alarms that ended training: name -> text; also training that is taken up again."""
+        if rule.stop:
+            self.stopped_by = {alarm["name"]: alarm["text"] for alarm in self.raised}
+        self.stops = stops
         self.seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -107,6 +112,7 @@ class Patrol(TrainerCallback):
             self.seconds += time.perf_counter() - started
             if alarms and self.rule.stop:
                 self.stopped_by = {alarm.name: alarm.text for alarm in alarms}
+                self.stops("; ".join(self.stopped_by.values()))
                 control.should_save = control.should_training_stop = True
         self.cadence.resume_clock()
 
@@ -196,6 +202,7 @@ def patrol(
         console=console,
         seed=recipe.seed,
         lines=folder.alarm_lines(int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0),
+        stops=partial(setattr, trainer, "stopped"),  # the checkpoint says so, too
     )
     trainer.add_callback(found)  # the last: by then the step's own readings are kept
     return found

@@ -362,7 +362,7 @@ def _reference(recipe: Recipe, model: Any, prepared: Prepared) -> ReferencePlan 
         taken = {stream.name: stream for stream in _streams(prepared)}
         once = sum(taken[one.name].tokens / max(1, taken[one.name].epochs or 1) for one in read)
         share = once / sum(stream.tokens for stream in taken.values())
-        held = remembered.size(model, once, _home())
+        held = remembered.size(model, once)
     if anchor.cache is not None:
         from holdfast.reference.cache import Manifest
 

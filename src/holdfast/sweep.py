@@ -404,7 +404,7 @@ def _text(
     """The recipe of a trial, to be run as it is: with its verdict, on the sealed split."""
     given = [axis.word(one.settings[axis.key]) for axis in axes]
     asked: Recipe = load_recipe(recipe, [*words, *given], out=str(out / f"run-{one.number}"))
-    settings = asked.model_dump(mode="json", exclude_defaults=True)
+    settings = asked.model_dump(mode="json", exclude_unset=True)
     head = (
         f"# trial {one.number} of a sweep; on the selection split: target {one.target:.4g}, "
         f"{one.culprit} at {one.worst:.2f} of its margin\n"

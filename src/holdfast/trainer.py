@@ -167,9 +167,18 @@ class HoldfastTrainer(Trainer):
         def asked(out: TokenLosses) -> dict[str, Term]:
             return loss_terms(out, state, readers, deepcopy(self.lever_memory))
 
-        out = token_losses(
-            model, inputs, self.kl_roles, self.reference, self.divergence, kl_B, self.levers, asked
-        )
+        # accelerate's own is around the model's forward alone: the head would be in float32
+        with self.accelerator.autocast():
+            out = token_losses(
+                model,
+                inputs,
+                self.kl_roles,
+                self.reference,
+                self.divergence,
+                kl_B,
+                self.levers,
+                asked,
+            )
         terms = loss_terms(out, state, self.levers, self.lever_memory)
         for name, term in terms.items():
             self._term_values[name].append((term.sum / term.count).detach())
@@ -342,7 +351,8 @@ class _LeverCallback(TrainerCallback):
                 before=trainer.before,
                 to_fall=trainer.rate_to_fall(),
                 to_come=1 - step / state.max_steps,
-                held=any(name != "task" for name in terms),
+                # a share of the steps may have no anchor, this one among them
+                held=bool(trainer.kl_roles) or any(name != "task" for name in terms),
             )
             for lever in trainer.levers:
                 lever.after_probe(seen, probe, trainer.lever_memory[lever.key])

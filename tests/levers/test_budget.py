@@ -290,6 +290,8 @@ def test_kl_is_the_mean_over_the_micro_batches_of_a_step() -> None:
         (["levers.budget.kl_cap=0.1", "levers.kl_anchor.on=task"], r"kl_cap: is measured on"),
         (["levers.budget.patience=2"], r"patience"),  # it is of `train`
         (["levers.budget.cap_per_layer=0"], r"cap_per_layer.*0"),
+        (["levers.budget.learning_rate=0"], r"learning_rate: 0 .*greater than 0"),
+        (["levers.budget.learning_rate=-0.001"], r"learning_rate: -0.001 .*greater than 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(words: list[str], message: str) -> None:

@@ -258,6 +258,8 @@ def test_the_identity_follows_weights_tokenizer_and_template(base: Any) -> None:
     assert one.tokenizer != other.tokenizer
     assert one.template != other.template
     assert one.tokenizer == Identity.of(base, tiny.letters()).tokenizer
+    again = tiny.tiny("Llama", rope_theta=123.0)
+    assert Identity.of(again, tiny.letters(tiny.CHAT)).weights != one.weights
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def unchanged() -> None:
 
 
 CASES: dict[str, tuple[Callable[[], None], list[str], str]] = {
-    "model": (another_model, [], "its model weights ("),
+    "model": (another_model, [], "its model weights or config ("),
     "tokenizer": (another_tokenizer, [], "its tokenizer ("),
     "template": (another_template, [], "its chat template ("),
     "temperature": (

@@ -24,7 +24,10 @@ WIDTH = 96
 
 
 def starter() -> str:
-    """The recipe as text; uncommenting every line leaves a valid recipe of the same meaning."""
+    """The recipe as text; uncommenting every line leaves a valid recipe of the same meaning.
+
+    But for one thing: an adapter whose section is given is asked for, on a small model, too.
+    """
     return HEAD + "\n".join(_section(Recipe, Recipe.model_construct(), "")) + "\n"
 
 

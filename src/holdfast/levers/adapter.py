@@ -78,7 +78,7 @@ class Adapter(Lever):
     """none for full fine-tuning; lora, rslora, dora, corda, qlora; or another method of peft's,
     such as oft, osf or loha (any name in peft.PeftType). auto: lora, but none for a model under 50
     million parameters, where an adapter saves nothing; lora there too if another field of this
-    section is not at its default."""
+    section is given."""
     target: Literal["mlp", "attention", "all-linear"] | list[str] = "mlp"
     """Matrices that get an adapter: a preset (never a router), or module names as peft takes
     them. What `freeze` holds gets none."""
@@ -100,9 +100,8 @@ class Adapter(Lever):
         """`auto` replaced by what it means for a model of so many parameters."""
         if self.method.lower() != "auto":
             return self
-        nothing_else = self.model_dump(exclude_defaults=True).keys() <= {"method"}
-        full = parameters < SMALL and nothing_else
-        return self.model_copy(update={"method": "none" if full else "lora"})
+        small = parameters < SMALL and self.model_fields_set <= {"method"}
+        return self.model_copy(update={"method": "none" if small else "lora"})
 
     @property
     def off(self) -> bool:
@@ -227,7 +226,7 @@ class Adapter(Lever):
         accepted = config_class.__dataclass_fields__
         fields: dict[str, Any] = {"task_type": "CAUSAL_LM", **RECIPES.get(name, {})}
         if name == "lora" or name in RECIPES:
-            r = self.r or RANK
+            r = self.r or self.config.get("r", RANK)
             fields |= {"r": r, "lora_alpha": self.alpha or 2 * r, "lora_dropout": self.dropout}
         else:
             fields |= self._given(accepted)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from statistics import median
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -54,7 +54,7 @@ class Budget(Lever):
 
     OFF: ClassVar = {"clip": 0.0, "spike": 0.0}
 
-    learning_rate: float | Literal["auto"] = "auto"
+    learning_rate: Annotated[float, Field(gt=0.0)] | Literal["auto"] = "auto"
     """Peak learning rate; auto: by mode and hidden size (the formula is in docs/levers.md)."""
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "linear"
     """After the warm-up: to zero along a line or a cosine, or constant. A line leaves the anchor

@@ -245,8 +245,7 @@ class KlAnchor(Lever):
         import torch
 
         texts = list(setup.texts(self.kl_roles()))
-        home = setup.model.device.type
-        needed = size(setup.model, sum(map(len, texts)), home)
+        needed = size(setup.model, sum(map(len, texts)))
         free = free_memory(torch.device("cpu"))
         if needed > ROOM * free:
             return None, (
@@ -270,7 +269,7 @@ class KlAnchor(Lever):
     def kl_rows(self, input_ids_BW: torch.Tensor, state: StepState) -> torch.Tensor | None:
         """The rows (B,) whose KL is taken in this step, by coins that know only seed, step and row.
 
-        A row is known by its tokens, so that the choice is the same on any number of devices.
+        A row is known by its tokens, packed as they are.
         """
         if self.share == 1:
             return None

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from holdfast.objective import SparseBase
 
-VERSION = 2
+VERSION = 3
 """Raise it when an older folder could not be read, or would be read as something else."""
 MANIFEST = "cache.json"
 BLOCKS_KEPT = 64
@@ -47,7 +47,7 @@ class Identity:
     """What a cache was made from; it serves nothing else."""
 
     weights: str
-    """SHA-256 of the base's weights (`model.hash_weights`)."""
+    """SHA-256 of the base's weights (`model.hash_weights`) and of its config."""
     tokenizer: str
     """SHA-256 of vocabulary, merges and special tokens."""
     template: str
@@ -67,12 +67,13 @@ class Identity:
             for part in (parts, template)
         ]
         hexes = [digest.hexdigest() for digest in digests]
-        return cls(models.hash_weights(model), hexes[0], hexes[1], temperature)
+        base = json.dumps([models.hash_weights(model), models.plain_config(model)], default=str)
+        return cls(hashlib.sha256(base.encode()).hexdigest(), hexes[0], hexes[1], temperature)
 
     def problems(self, asked: Identity, folder: Path) -> list[str]:
         """Why the cache of this identity cannot serve the one asked for; a line each."""
         words = {
-            "weights": "model weights",
+            "weights": "model weights or config",
             "tokenizer": "tokenizer",
             "template": "chat template",
             "temperature": "temperature",

@@ -83,9 +83,10 @@ class Remembered:
         return DenseBase(self.hidden_MH[chosen_M].to(home), self._head)
 
 
-def size(model: Any, tokens: float, home: str) -> int:
-    """Bytes that `Remembered.of` keeps of so many tokens, at most, on this type of device."""
-    width = models.causal_lm(model).dtype.itemsize if home == "cpu" else 2
+def size(model: Any, tokens: float) -> int:
+    """Bytes that `Remembered.of` keeps of so many tokens, at most."""
+    # under autocast, too: the last norm's output is in the weights' precision
+    width: int = models.causal_lm(model).dtype.itemsize
     return int(tokens) * width * int(models.head(model).weight_VH.shape[1])
 
 

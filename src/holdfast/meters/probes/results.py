@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 VERSION = 2
 """Raise it when the same model and items would give other results."""
-_ELSEWHERE = ("_name_or_path", "transformers_version")
-"""What a configuration says of where it lies and who wrote it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,6 @@ class Results:
 
 def _of_model(model: Any) -> list[Any]:
     lm = models.causal_lm(model)
-    config = {k: v for k, v in lm.config.to_dict().items() if k not in _ELSEWHERE}
     # an adapter that is off, merged or scaled otherwise changes no weight, but the answers
     states = ("active_adapters", "scaling", "disable_adapters", "merged")
     adapters = [
@@ -97,7 +94,7 @@ def _of_model(model: Any) -> list[Any]:
         for name, module in lm.named_modules()
         if hasattr(module, "disable_adapters") and hasattr(module, "base_layer")
     ]
-    return [models.hash_weights(lm), lm.device.type, config, adapters]
+    return [models.hash_weights(lm), lm.device.type, models.plain_config(lm), adapters]
 
 
 def _digest(value: Any) -> str:
