@@ -319,7 +319,11 @@ def test_resuming_what_is_no_run_is_refused(inputs: Path, tmp_path: Path) -> Non
         ({"canary": {"sources": ["none.jsonl"]}}, "none.jsonl"),
         ({"model": "nowhere/at/all"}, "does not exist"),
         ({"probes": ["none.jsonl"]}, "does not exist"),
-        ({"train": {"report_to": ["tensorbord"]}}, "tensorbord"),
+        ({"train": {"report_to": ["tensorbord"]}}, "did you mean 'tensorboard'"),
+        (
+            {"train": {"report_to": ["comet_ml", "dvclive"]}},
+            "'(comet_ml|dvclive)' is not installed",
+        ),
     ],
 )
 def test_a_refused_request_leaves_no_folder_behind(
@@ -513,7 +517,7 @@ def test_probes_are_read_while_training_where_that_is_asked(inputs: Path, tmp_pa
     """The curve has the selection half of the items; the gate has the other one alone."""
     train = {"steps": 4, "batch_tokens": 128, "measure_every": 2, "measure_probes": True}
     many = [{**PROBES[n % 2], "id": f"{n}", "prompt": f"7{n} + 1 ="} for n in range(16)]
-    words = [{**PROBES[2], "id": f"{n}"} for n in range(8)]
+    words = [{**PROBES[2], "id": f"{n}", "prompt": f"a{n}"} for n in range(8)]
     probes = str(tiny.jsonl(tmp_path / "probes.jsonl", many + words))
     result = run.train(recipe_of(inputs, tmp_path / "run", train=train, probes=[probes]))
     found = {key for key in readings(tmp_path / "run") if key[1:3] == ("probe", "sums")}

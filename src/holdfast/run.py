@@ -19,7 +19,7 @@ from holdfast.artifact import RunFolder, full_disk_named, write_text
 from holdfast.assemble import Watch, assemble, wrap
 from holdfast.data.example import EncodeReport, Role
 from holdfast.data.mixer import FILE as MIXER
-from holdfast.errors import RequestError
+from holdfast.errors import RequestError, did_you_mean
 from holdfast.gate.beforehand import Capability, capabilities, undecidable
 from holdfast.gate.looks import look
 from holdfast.gate.verdict import GateResult, decide, halted, is_judged
@@ -206,20 +206,29 @@ def _refuse_early(recipe: Recipe) -> None:
             "without torchrun or accelerate, or train in several with holdfast.Guard around a "
             "trainer of your own"
         )
-    try:
-        from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-
-        for make in get_reporting_integration_callbacks(recipe.train.report_to):
-            make()
-    except (ImportError, RuntimeError, ValueError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
-        raise RequestError(f"train.report_to: {why}; mend it or leave it out") from error
+    _require_trackers(recipe.train.report_to)
     try:
         bare = skeleton(recipe)
     except RequestError:
         return  # `load` says in its own words what is wrong with it
     with suppress(NotImplementedError):  # a method that must look at the weights
         wrap(recipe, bare)
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that transformers does not know, or whose package is not there."""
+    from transformers.integrations import integration_utils as known
+
+    for name in names:
+        if name in ("all", "none"):
+            continue
+        if name not in known.INTEGRATION_TO_CALLBACK:
+            hint = did_you_mean(name, known.INTEGRATION_TO_CALLBACK)
+            raise RequestError(f"train.report_to: '{name}' is no tracker of transformers; {hint}")
+        if not getattr(known, f"is_{name}_available", lambda: True)():
+            raise RequestError(
+                f"train.report_to: '{name}' is not installed; pip install {name}, or leave it out"
+            )
 
 
 def _cannot_pass(recipe: Recipe, before: Sequence[Reading]) -> list[str]:
