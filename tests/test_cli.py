@@ -215,6 +215,14 @@ def test_a_file_that_may_not_be_used_is_one_line(
     assert result.err == "holdfast: 'lesson.jsonl': permission denied; mend that, or name another\n"
 
 
+def test_the_home_of_nobody_is_one_line(here: Path, holdfast: Cli) -> None:
+    result = holdfast("validate", "model=~no_such_user/base", "data=lesson.jsonl")
+    assert result.code == 2
+    assert result.err == (
+        "holdfast: a path begins with ~ and a name that is no user here; give it in full\n"
+    )
+
+
 def test_a_home_is_a_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     found = Recipe.model_validate(

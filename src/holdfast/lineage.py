@@ -88,8 +88,11 @@ def locate(path: str, revision: str | None = None, *, field: str = "model.path")
 
 
 def expanded(path: str) -> str:
-    """A folder below ~ in full; a hub id as it is."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    """A folder below ~ in full; a hub id, or what only looks like a home, as it is."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:  # no such user
+        return path
 
 
 def looks_local(path: str) -> bool:

@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"'{error.filename}': {why}; mend that, or name another"
         return _fail([problem], 2, words)
     except (RuntimeError, MemoryError) as error:
+        if "home directory" in str(error):  # pathlib's, of ~NAME
+            problem = "a path begins with ~ and a name that is no user here; give it in full"
+            return _fail([problem], 2, words)
         if not _out_of_memory(error):
             raise
         problem = "out of memory; lower train.micro_batch_tokens, such as to half of what it is"
